@@ -1,0 +1,450 @@
+"""Decode with a local model, score completions, and set the scores side by side.
+
+    python evaluate.py generate --model DIR --prompts FILE.jsonl --out FILE.jsonl     # {"prompt": ...} a line
+    python evaluate.py score saved/completion_data/*/*.json [--part train|test|all] [--json]
+    python evaluate.py table [--saved saved]
+
+A completion dataset is one file: a model and a prompting method, on the samples of a task.  Every score is recomputed
+from its text, so rules can change after the GPU time is spent.  Only `generate` imports torch.
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+import tasks
+from tasks import UserError
+
+
+# ---------------------------------------------------------------- Local models
+
+def load_model(name, dtype="float32"):
+    """-> (model, tokenizer, family) of a Hugging Face folder or hub name; family is decoder or encoder_decoder.
+
+    Raises UserError where the folder is not a model, has no tokenizer, or the name cannot be downloaded."""
+    import transformers
+    from safetensors import SafetensorError
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise UserError(f"{name} is not a model folder: it has no config.json")
+        if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")):
+            raise UserError(f"{name} has no tokenizer: save one beside the model with tokenizer.save_pretrained({name!r})")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, SafetensorError) as e:  # what from_pretrained raises for files that are missing, torn or foreign
+        what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
+        raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} has no end-of-sequence token, so a student could never stop: set eos_token")
+    return model, tokenizer, "encoder_decoder" if config.is_encoder_decoder else "decoder"
+
+
+def pick_tokens(logits, temperature, generators):
+    """(B, V) -> (B,) next tokens: greedy at temperature 0, else one draw a row from the row's own random stream."""
+    import torch
+    if not temperature:
+        return logits.argmax(-1)
+    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    draws = torch.tensor([[torch.rand((), dtype=torch.float64, generator=g)] for g in generators], device=logits.device)
+    return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+
+
+def prefill(model, family, prompts, pad_id, device):
+    """Read a batch of prompts (lists of ids); -> (logits (B, V) of the first new token, what later steps need).
+
+    Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
+    0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
+    import torch
+    width = max(map(len, prompts))
+    left = family == "decoder"
+    def fill(row, value):
+        padding = [value] * (width - len(row))
+        return padding + row if left else row + padding
+    ids = torch.tensor([fill(p, pad_id) for p in prompts], device=device)            # (B, T)
+    mask = torch.tensor([fill([1] * len(p), 0) for p in prompts], device=device)     # (B, T)
+    if not left:
+        state = {"encoder_outputs": model.get_encoder()(input_ids=ids, attention_mask=mask), "attention_mask": mask}
+        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
+        output = model(**state, decoder_input_ids=start, use_cache=True)
+    else:
+        state = {"attention_mask": mask}
+        output = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
+    return output.logits[:, -1], state | {"past_key_values": output.past_key_values}
+
+
+def next_logits(model, family, tokens, state):
+    """(B,) tokens -> (B, V) logits of the tokens after them; state is carried on."""
+    import torch
+    if family == "encoder_decoder":
+        output = model(**state, decoder_input_ids=tokens[:, None], use_cache=True)
+    else:
+        state["attention_mask"] = torch.cat([state["attention_mask"], torch.ones_like(tokens[:, None])], 1)
+        positions = state["attention_mask"].sum(-1, keepdim=True) - 1
+        output = model(input_ids=tokens[:, None], position_ids=positions, **state, use_cache=True)
+    state["past_key_values"] = output.past_key_values
+    return output.logits[:, -1]
+
+
+def drop_rows(state, rows):
+    """Go on with these rows only: finished rows cost nothing from here on."""
+    state["attention_mask"] = state["attention_mask"][rows]
+    if "encoder_outputs" in state:
+        state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
+    state["past_key_values"].batch_select_indices(rows)
+
+
+def decode_batch(model, tokenizer, family, prompts, limits, temperature, stop, generators):
+    """-> [(text, finish_reason)]: `stop` at the end-of-sequence token or a stop string (cut off), `length` at the row's limit."""
+    import torch
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    eos = model.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    tokens, results = [[] for _ in prompts], [None] * len(prompts)
+    live = list(range(len(prompts)))
+    logits, state = prefill(model, family, prompts, pad_id, model.device)
+    while True:
+        picked = pick_tokens(logits.float(), temperature, [generators[i] for i in live])
+        going = []
+        for place, (i, token) in enumerate(zip(live, picked.tolist())):
+            tokens[i].append(token)
+            text = tokenizer.decode(tokens[i], skip_special_tokens=True) if stop else ""
+            cut = min((text.find(s) for s in stop or () if s in text), default=-1)
+            if token in eos or cut >= 0:
+                results[i] = (text[:cut] if cut >= 0 else tokenizer.decode(tokens[i], skip_special_tokens=True), "stop")
+            elif len(tokens[i]) >= limits[i]:
+                results[i] = (tokenizer.decode(tokens[i], skip_special_tokens=True), "length")
+            else:
+                going.append(place)
+        if not going:
+            return results
+        if len(going) < len(live):
+            rows = torch.tensor(going, device=picked.device)
+            live, picked = [live[place] for place in going], picked[rows]
+            drop_rows(state, rows)
+        logits = next_logits(model, family, picked, state)
+
+
+def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=32, seed=0):
+    """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
+
+    Prompts are decoded longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number
+    alone.  Under torchrun every rank decodes its share and all return everything.  Raises UserError for a prompt that is
+    empty or leaves no room in the model's positions."""
+    import torch
+    import torch.distributed as dist
+    ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+    positions = getattr(model.config, "max_position_embeddings", None) if family == "decoder" else None
+    for i, row in enumerate(ids):
+        if not row or positions and len(row) >= positions:
+            raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
+    limits = [min(limit, positions - len(row)) if positions else limit for limit, row in zip(limits, ids)]
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    rows = sorted(((i, k) for i in range(len(prompts)) for k in range(n)), key=lambda row: -len(ids[row[0]]))[rank::ranks]
+    done, was_training = {}, model.training
+    model.eval()
+    with torch.inference_mode():
+        for batch in tasks.progress([rows[b:b + batch_size] for b in range(0, len(rows), batch_size)], "decoding", show=rank == 0):
+            generators = [torch.Generator().manual_seed(int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63) for i, k in batch]
+            results = decode_batch(model, tokenizer, family, [ids[i] for i, _ in batch], [limits[i] for i, _ in batch], temperature, stop, generators)
+            done.update(zip(batch, results))
+    model.train(was_training)
+    if ranks > 1:
+        shares = [None] * ranks
+        dist.all_gather_object(shares, done)
+        done = {row: result for share in shares for row, result in share.items()}
+    return [[dict(zip(("completion", "finish_reason"), done[i, k])) for k in range(n)] for i in range(len(prompts))]
+
+
+# ---------------------------------------------------------------- Completion datasets
+
+def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
+    """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
+    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3.1): the rationale, then the answer after it."""
+    prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
+    stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
+    first = complete(prompts, degree, temperature, max_new_tokens, stop)
+    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"], "answer": s["answer"],
+                                      "prompt": prompt, **one} for k, one in enumerate(many)]
+            for s, prompt, many in zip(samples, prompts, first)}
+    if method == "zs_cot":
+        rows = [row for many in data.values() for row in many]
+        for row in rows:
+            row.update(reasoning_prompt=row["prompt"], reasoning_completion=row["completion"], reasoning_finish_reason=row["finish_reason"],
+                       prompt=row["prompt"] + row["completion"] + tasks.COT_ANSWER)
+        for row, [answer] in zip(rows, complete([row["prompt"] for row in rows], 1, 0.0, max_new_tokens, None)):
+            row.update(answer_row(answer))
+    return data
+
+
+def answer_row(answer):
+    return {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
+
+
+def read_completions(path, task=None):
+    """-> (metadata, rows in order of sample and completion) of a completion file.
+
+    Raises UserError where it is not one, is another task's, or holds a completion twice."""
+    content = tasks.read_json(path)
+    metadata, data = (content.get(k) if isinstance(content, dict) else None for k in ("metadata", "data"))
+    if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
+        raise UserError(f'{path} is not a completion file: it needs {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
+    key = tasks.find_task(metadata["dataset_key"]).key
+    if task and key != task:
+        raise UserError(f"{path} holds completions of the task {key}, not {task}")
+    rows = []
+    for index, many in data.items():
+        for row in many if isinstance(many, list) else [None]:
+            if not isinstance(row, dict) or str(row.get("sample_index")) != index or type(row.get("completion_index")) is not int \
+                    or not all(isinstance(row.get(k), str) for k in ("question", "answer")) or not isinstance(row.get("completion", ""), str | None):
+                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or completion")
+            rows.append(row)
+    rows.sort(key=lambda r: (r["sample_index"], r["completion_index"]))
+    for a, b in zip(rows, rows[1:]):
+        if (a["sample_index"], a["completion_index"]) == (b["sample_index"], b["completion_index"]):
+            raise UserError(f"{path}: completion {a['completion_index']} of sample {a['sample_index']} is there twice")
+    return metadata, rows
+
+
+# ---------------------------------------------------------------- Scores
+
+def wilson(correct, n, z=1.959964):
+    """-> (low, high): the 95% Wilson score interval of a share, in percent; honest at 0% and 100% too."""
+    if not n:
+        return 0.0, 100.0
+    share, z2 = correct / n, z * z / n
+    middle, half = share + z2 / 2, z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
+    return 100 * max(0.0, middle - half) / (1 + z2), 100 * min(1 + z2, middle + half) / (1 + z2)
+
+
+def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
+    """-> the rows of the asked part, checked against the dataset: no sample may be missing, foreign or differ from it."""
+    task = metadata["dataset_key"]
+    if part == "all" and task != "toy" and not (Path(data_dir) / "dataset" / f"{task}.json").exists():
+        return rows  # nothing to check against: the rows carry their gold answers
+    samples = tasks.load(task, data_dir)
+    wanted = range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[("train", "test").index(part)]
+    for row in rows:
+        i = row["sample_index"]
+        if not 0 <= i < len(samples) or row["answer"] != samples[i]["answer"] or row["question"].strip() != samples[i]["question"].strip():
+            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): the file was made from other data")
+    missing = sorted(set(wanted) - {row["sample_index"] for row in rows})
+    if missing and not allow_partial:
+        raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): complete it, choose another "
+                        "--part, or score what there is with --allow_partial")
+    wanted = set(wanted)
+    return [row for row in rows if row["sample_index"] in wanted]
+
+
+def score(path, part="test", split="default", data_dir="data", rules="paper", allow_partial=False):
+    """-> one dict: what the file is, n, accuracy by the asked rules with its 95% interval, and both rules' measures (all %)."""
+    metadata, rows = read_completions(path)
+    task, template = metadata["dataset_key"], metadata.get("prediction_template")
+    rows = rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial)
+    if not rows:
+        raise UserError(f"{path} has no completion of part '{part}'")
+    verdicts = {r: [tasks.judge(task, template, row.get("completion"), row["answer"], r) for row in rows] for r in ("paper", "flexible")}
+    def percent(flags):
+        return round(100 * sum(flags) / len(rows), 2)
+    correct = sum(v.correct for v in verdicts[rules])
+    low, high = wilson(correct, len(rows))
+    return {"file": str(path), "task": task, "model": metadata.get("base_model"), "method": metadata.get("completion_key"),
+            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": template, "part": part, "split": split, "rules": rules,
+            "n": len(rows), "correct": correct, "accuracy": percent(v.correct for v in verdicts[rules]), "low": round(low, 2), "high": round(high, 2),
+            "paper": percent(v.correct for v in verdicts["paper"]), "flexible": percent(v.correct for v in verdicts["flexible"]),
+            "contains_answer": percent(v.contains_answer for v in verdicts[rules]),
+            "correct_format": percent(v.correct_format for v in verdicts[rules]),
+            "complete": percent(row.get("finish_reason") == "stop" for row in rows),
+            "no_answer": sum(v.prediction in (None, "") for v in verdicts[rules])}
+
+
+def print_scores(scores):
+    """One aligned line per file."""
+    print(f"{'accuracy':>8}  {'95% interval':<15} {'paper':>7} {'flexible':>8} {'contains':>8} {'format':>7} {'complete':>8} {'no answer':>9} {'n':>6}  file")
+    for s in scores:
+        interval = f"[{s['low']:.2f}, {s['high']:.2f}]"
+        print(f"{s['accuracy']:8.2f}  {interval:<15} {s['paper']:7.2f} {s['flexible']:8.2f} {s['contains_answer']:8.2f} {s['correct_format']:7.2f} "
+              f"{s['complete']:8.2f} {s['no_answer']:9d} {s['n']:6d}  {s['file']} ({s['part']})")
+
+
+# ---------------------------------------------------------------- The table: methods x tasks, from what lies in saved/
+
+PAPER_METHODS = {"zs": "zero_shot", "fs_cot": "few_shot_cot", "ft": "fine_tune"}  # zs_cot and ft_cot depend on more: see paper_value
+
+
+def paper_value(results, score):
+    """-> the published accuracy of the same model, method and task, or None."""
+    model = re.sub(r"^google_", "", score["model"] or "").replace("/", "_")
+    is_teacher = model.startswith("text-davinci")
+    method = {"zs_cot": "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot",
+              "ft_cot": "fine_tune_cot_diverse" if "aug" in (score["train_key"] or "") else "fine_tune_cot"}.get(score["method"], PAPER_METHODS.get(score["method"]))
+    for row in results:
+        if (row["model"], row["method"], row["dataset"]) == (model if is_teacher else model.replace("-", "_"), method, score["task"]) \
+                and row["kind"] == "printed" and not row["train_size"] and (row["degree"] or "1") in ("1", "8", "64"):
+            return float(row["accuracy"])
+    return None
+
+
+def read_paper_results():
+    with open(Path(__file__).parent / "data" / "paper_results.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def collect(saved, data_dir, rules="paper", allow_partial=False):
+    """-> {(model, label): {task: score}} over every completion file below saved/, and the files that could not be scored.
+
+    Teachers are scored on all samples and all repeats, as in the paper, students on the test part.  Of several epochs the
+    last stands in one row, and the best on the test set in another: that is the paper's protocol."""
+    table, skipped = {}, []
+    for path in sorted(Path(saved, "completion_data").glob("B_*/*.json")):
+        try:
+            metadata, rows = read_completions(path)
+            is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
+            s = score(path, "test" if is_student else "all", metadata.get("split") or "default", data_dir, rules, allow_partial)
+        except UserError as e:
+            skipped.append(str(e))
+            continue
+        label = s["train_key"] or s["method"] or "?"
+        cells = [(label, lambda old: s["epoch"] > old["epoch"])]
+        if s["epoch"] is not None:
+            cells.append((label + ", best test epoch", lambda old: s["accuracy"] > old["accuracy"]))
+        for row, better in cells:
+            old = table.setdefault((s["model"] or "?", row), {}).get(s["task"])
+            if old is None or s["epoch"] is not None and better(old):
+                table[s["model"] or "?", row][s["task"]] = s
+    return table, skipped
+
+
+def print_table(table, skipped, results):
+    """Rows: model and method; columns: tasks; cells: accuracy [95% interval] (the paper's value)."""
+    columns = [key for key in tasks.TASKS if any(key in row for row in table.values())]
+    def cell(s):
+        paper = paper_value(results, s)
+        return f"{s['accuracy']:.2f} [{s['low']:.1f}, {s['high']:.1f}]" + (f" (paper {paper:.2f})" if paper is not None else "")
+    lines = [["model", "method", *(tasks.TASKS[key].name for key in columns)], ["", "random", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)]]
+    lines += [[model, label, *(cell(row[key]) if key in row else "-" for key in columns)] for (model, label), row in sorted(table.items())]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
+    for message in skipped:
+        print(f"not in the table: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- What the user sees at the end
+
+def show_completion(title, result, right):
+    """Print one right or wrong completion in full; -> whether there was one."""
+    metadata, rows = read_completions(result["file"])
+    for row in rows:
+        verdict = tasks.judge(result["task"], metadata.get("prediction_template"), row["completion"], row["answer"])
+        if verdict.correct == right:
+            print(f"\n{title}\n  prompt:     {row.get('reasoning_prompt', row['prompt'])}\n  completion: {(row.get('reasoning_completion', '') + row['completion']).strip()}\n"
+                  f"  read: {verdict.prediction}   gold: {row['answer']}")
+            return True
+    return False
+
+
+def report(results, student, seed, saved):
+    """The table of this run, with a right and a wrong completion to read."""
+    name = tasks.TASKS[results[-1]['task']].name
+    print(f"\n{name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {tasks.TASKS[results[-1]['task']].random}%)\n")
+    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
+    for r in results:
+        label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
+        print(f"{label:<22} {r['accuracy']:7.1f}%  [{r['low']:.1f}, {r['high']:.1f}]".ljust(48) + f" {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
+    show_completion(f"A right completion of {results[-1]['method']}:", results[-1], True)
+    any(show_completion(f"A wrong completion of {r['method']}:", r, False) for r in reversed(results))
+    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl). Compare runs: "
+          f"python evaluate.py table --saved {saved}")
+
+
+# ---------------------------------------------------------------- Command line
+
+def read_prompts(path, max_new_tokens):
+    """-> (rows, prompts, limits) of a JSON-lines file with a "prompt" and perhaps a "max_new_tokens" on each line."""
+    rows = tasks.read_jsonl(path)
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or type(row.get("max_new_tokens", 1)) is not int or row.get("max_new_tokens", 1) < 1:
+            raise UserError(f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0')
+    return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]
+
+
+def run_generate(args):
+    import torch
+    rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
+    model, tokenizer, family = load_model(args.model, dtype)
+    if args.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    done = generate(model, tokenizer, family, prompts, limits, args.temperature, 1, args.stop, args.batch_size, args.seed)
+    tasks.write_whole(args.out, "".join(json.dumps({**row, **one}) + "\n" for row, [one] in zip(rows, done)))
+    print(f"wrote {len(rows)} completions to {args.out}")
+
+
+def run_score(args):
+    scores = [score(path, args.part, args.split, args.data, args.rules, args.allow_partial) for path in args.files]
+    if args.json:
+        for s in scores:
+            print(json.dumps(s))
+    else:
+        print_scores(scores)
+
+
+def run_table(args):
+    table, skipped = collect(args.saved, args.data, args.rules, args.allow_partial)
+    if not table:
+        raise UserError(f"there is nothing to show under {args.saved}/completion_data{': ' + skipped[0] if skipped else ''}")
+    print_table(table, skipped, read_paper_results())
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    g = commands.add_parser("generate", help="decode prompts with a local model")
+    g.add_argument("--model", required=True, help="Hugging Face folder or name")
+    g.add_argument("--prompts", required=True, help='JSON lines: {"prompt": text, "max_new_tokens"?: number}')
+    g.add_argument("--out", required=True, help="JSON lines: the same rows with completion and finish_reason, in the same order")
+    g.add_argument("--max_new_tokens", type=int, default=1024, help="new tokens a prompt, where the row names none (default 1024)")
+    g.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default, as in the paper)")
+    g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
+    g.add_argument("--batch_size", type=int, default=32, help="rows decoded at once (default 32); more is faster and takes more memory")
+    g.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the weights and products (default fp32)")
+    g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    s = commands.add_parser("score", help="score completion files")
+    s.add_argument("files", nargs="+", help="completion files")
+    s.add_argument("--part", choices=["train", "test", "all"], default="test", help="samples to score (default test; the paper's Teacher rows: all)")
+    s.add_argument("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
+    s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
+    t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
+    t.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
+    for p in (s, t):
+        p.add_argument("--rules", choices=["paper", "flexible"], default="paper", help="answer cleansing behind `accuracy` (default paper)")
+        p.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
+        p.add_argument("--allow_partial", action="store_true", help="score files that lack samples of the part")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        {"generate": run_generate, "score": run_score, "table": run_table}[args.command](args)
+    except (UserError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,509 @@
+"""What a task is: the 12 benchmarks of the paper and an embedded toy task.
+
+One row of TASKS per benchmark (sizes, answer kind, split rule), loading, splits, the prompt and label templates, the
+toy task with its imperfect teacher, and answer cleansing: `judge` says whether a completion is right, by the paper's
+rules or by ours.  Everything here is text: importing this module needs neither torch nor numpy.
+
+    import tasks
+    tasks.judge("multiarith", "ft_cot_token", "3 + 4 = 7 --> 7", "7").correct     # True
+"""
+import difflib
+import hashlib
+import json
+import operator
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+
+# ---------------------------------------------------------------- Files: read with an error that names file and line, written whole or not at all
+
+class UserError(Exception):
+    """Something the user can mend; the message is one sentence: what is wrong, where, and what to do."""
+
+
+def write_whole(path, text):
+    """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(text.encode() if isinstance(text, str) else text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """The style of the published files: four spaces, ASCII only."""
+    write_whole(path, json.dumps(value, indent=4))
+
+
+def parse_json(text, where):
+    """-> the JSON value in text.  Raises UserError that names the place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not valid JSON ({e}): mend or delete it") from None
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # -sig: editors on Windows put a byte-order mark first
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def read_json(path):
+    return parse_json(read_text(path), path)
+
+
+def read_jsonl(path):
+    """-> the values of a JSON-lines file, in order.  Lines end at "\\n" alone: U+2028 may stand inside a string."""
+    lines = read_text(path).split("\n")
+    return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def safe_key(name):
+    """A name that becomes part of a path: `google/flan-t5-base` -> `google_flan-t5-base`.  Raises UserError for `..`, absolute paths, odd characters."""
+    key = str(name).replace("/", "_")
+    if str(name).startswith("/") or ".." in key or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII) or key.startswith((".", "-")):
+        raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, '_', '-', '.' "
+                        "(120 at most, no '..', not an absolute path)")
+    return key
+
+
+def fingerprint(value):
+    """16 hex digits that change when the value changes: what a derived file was made from, in one word."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def is_current(stage, path, old, new):
+    """Whether path was made with the settings `new`; says that it is skipped, or which settings changed."""
+    if old == new:
+        print(f"{stage}: {path} is there, made with the same settings: skipped")
+        return True
+    if old is not None:
+        changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        print(f"{stage}: settings changed ({', '.join(changed)}), so {path} is made again")
+    return False
+
+
+def keep_aside(path):
+    """Move what is in the way, and cost something to make, to a free name beside it."""
+    aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old{i}")).exists())
+    os.replace(path, aside)
+    print(f"what lay at {path} is kept as {aside}")
+
+
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def progress(items, what, show=True):
+    """Iterate with a progress bar; without a terminal, print a line every 10 seconds instead."""
+    if show and sys.stderr.isatty():
+        from tqdm import tqdm
+        yield from tqdm(items, desc=what, leave=False)
+        return
+    start = said = time.monotonic()
+    for i, item in enumerate(items):
+        if show and time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(f"{what}: {i} of {len(items)}, {said - start:.0f} s", file=sys.stderr, flush=True)
+        yield item
+
+
+# ---------------------------------------------------------------- Answer cleansing 1: the paper's rules, identical to the published evaluator on every input
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def paper_numbers(text):
+    """'$1,234.50 or 5 - 8 = -3' -> ['1234.50', '5', '8', '-3']"""
+    return NUMBER.findall(text.replace(",", ""))
+
+
+def paper_letters(last):
+    """Every such capital letter, even inside a word: 'Because (C)' -> ['B', 'C'] for last='E'"""
+    return re.compile(f"[A-{last}]").findall
+
+
+def paper_yes_no(text):
+    """'No, it is "Yes".' -> ['no', 'yes']; 'no;' is not seen"""
+    return [word for word in re.sub(r"[\"'\n.\s:,]", " ", text.lower()).split(" ") if word in ("yes", "no")]
+
+
+def paper_string(text):
+    """The whole text is the one candidate: ' "y a j o".' -> ['yajo']"""
+    return [re.sub(r"[\"'\n.\s]", "", text)]
+
+
+# ---------------------------------------------------------------- Answer cleansing 2: the flexible rules, what a careful person would read.  Readers give [(position, value)].
+
+# Where an answer is announced.  'So the answer (arabic numerals) is 12', 'Answer: C', '--> yes', '#### 7', '\boxed{7}'
+MARKER = re.compile(r"-->|####|\\boxed\{|\banswers?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|:|=)", re.I)
+NEXT_QUESTION = re.compile(r"\n\s{0,9}(?:Q|Question):", re.I)  # a base model may go on and ask itself the next question
+SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+VALUE = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}\b)?"  # -$1,234.50; 1e3
+                   r"|(?<![\w.])[-\u2212]?\$?\.\d+"                                                           # .5
+                   r"|\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)                                                    # the 4 of '3-4' or of '4x'
+
+
+def read_numbers(text):
+    """By value: '18.00', '$1,234.50', '5 - 8 = -3' -> 18, 1234.5, (5, 8, -3)"""
+    return [(m.start(), float(re.sub(r"[\s$,]", "", m[0]).replace("\u2212", "-"))) for m in VALUE.finditer(text)]
+
+
+def read_letters(last):
+    """Letters in brackets, or capitals standing alone: '(b)', 'C.', but neither the B of 'Because' nor the A of 'A dog'"""
+    small = last.lower()
+    article = r"(?! (?!because\b|is\b|since\b|as\b|and\b|or\b)[a-z])"
+    letter = re.compile(rf"[(\[{{]([A-{last}a-{small}])[)\]}}]|(?<!not )(?<![\w'])([A-{last}])(?![\w'-]){article}")
+    alone = re.compile(rf"\W*([a-{small}])\W*")
+    def read(text):
+        if m := alone.fullmatch(text):  # 'c.' as the whole text
+            return [(m.start(1), m[1].upper())]
+        return [(m.start(), (m[1] or m[2]).upper()) for m in letter.finditer(text)]
+    return read
+
+
+# 'no evidence', 'no longer' say nothing; 'no because', 'no, it', 'no;' do
+YES_NO = re.compile(r"\b(yes|no(?! (?!because\b|since\b|as\b|the\b|it\b|he\b|she\b|they\b|you\b|we\b|i\b)[a-z]))\b", re.I)
+
+
+def read_yes_no(text):
+    """Next to any punctuation: '"No;"' -> no"""
+    return [(m.start(), m[1].lower()) for m in YES_NO.finditer(text)]
+
+
+# "y a j o" in quotes, y-a-j-o spelled out, or a word; [^\W\d_] is a letter of any alphabet
+LETTER_RUN = re.compile(r"[\"\u201c*`]([^\"\u201d*`\n]{1,200})[\"\u201d*`]|((?<![^\W\d_])[^\W\d_](?:[ ,.-]{1,3}[^\W\d_](?![^\W\d_']))+)|([^\W\d_]+)")
+
+
+def read_strings(text):
+    """By letters only, lower case; position, value and whether it was quoted or spelled out"""
+    found = [(m.start(), "".join(filter(str.isalpha, m[0])).lower(), not m[3]) for m in LETTER_RUN.finditer(text)]
+    return [f for f in found if f[1]]
+
+
+def pick_number(sentence, found, announced):
+    """The result of a calculation, else the number an announced answer opens with, else the last one."""
+    results = [f for f in found if f[0] > sentence.rfind("=")] if "=" in sentence else []
+    opens = announced and not any(map(str.isalnum, sentence[:found[0][0]]))
+    return (results or (found if opens else found[-1:]))[0][1]
+
+
+def pick_string(sentence, found, announced):
+    """A quoted or spelled-out string, else the last word of the first clause: 'the string yajo, as above' -> yajo"""
+    marked = [f for f in found if f[2]]
+    clause = re.search(r"[,;(]|$", sentence).start()
+    return (marked or [f for f in found if f[0] < clause][-1:] or found)[0][1]
+
+
+class Rules(NamedTuple):
+    """How one kind of answer is read by one of the two sets of rules."""
+    candidates: Callable          # text -> values (paper), or [(position, value)] (flexible)
+    gold: Callable = str          # gold answer -> value
+    same: Callable = operator.eq  # of candidate and gold
+    pick: Callable = None         # flexible: which candidate of a sentence is meant
+
+
+class Kind(NamedTuple):
+    name: str
+    paper: Rules
+    flexible: Rules
+
+
+def pick_first(sentence, found, announced):
+    return found[0 if announced else -1][1]
+
+
+def number(text):
+    return float(text.replace(",", "").replace("$", ""))
+
+
+def near(a, b):
+    return abs(a - b) < 1e-6
+
+
+def letter_kind(last):
+    return Kind(f"letter A-{last}", Rules(paper_letters(last)), Rules(read_letters(last), str.strip, pick=pick_first))
+
+
+VALUES = Rules(read_numbers, number, near, pick_number)
+YES_OR_NO = Rules(read_yes_no, lambda gold: gold.strip().lower(), pick=pick_first)
+# the paper compares some numbers as strings, 18.00 is not 18, and lower-cases the gold answers of one yes/no task only
+KIND_NUMBER = Kind("number", Rules(paper_numbers, lambda gold: gold.replace(",", "")), VALUES)
+KIND_FLOAT = Kind("number, by value", Rules(lambda text: [float(n) for n in paper_numbers(text)], number, near), VALUES)
+KIND_YES_NO = Kind("yes/no", Rules(paper_yes_no), YES_OR_NO)
+KIND_YES_NO_CASE = Kind("yes/no", Rules(paper_yes_no, str.lower), YES_OR_NO)
+KIND_STRING = Kind("string", Rules(paper_string), Rules(read_strings, lambda gold: "".join(filter(str.isalpha, gold)).lower(), pick=pick_string))
+
+
+# ---------------------------------------------------------------- The table.  A new benchmark is one row here (its data in data/dataset/<key>.json: see data/README.md).
+
+class Task(NamedTuple):
+    key: str        # names files and flags
+    name: str       # as in the paper's tables
+    kind: Kind      # of answer
+    n: int          # samples
+    train: int      # sizes of the default split
+    test: int
+    random: float   # accuracy of a random guess, % (paper, Table 1)
+    split: str = "random"  # random: 70% by RandomState(0); ordered: the published train part, then its test part; aqua: below
+
+
+TASKS = {task.key: task for task in [
+    #    key                          name                        kind               n      train  test  random  split
+    Task("single_eq",                 "SingleEq",                 KIND_FLOAT,        508,   356,   152,  0.0),
+    Task("addsub",                    "AddSub",                   KIND_FLOAT,        395,   276,   119,  0.0),
+    Task("multiarith",                "MultiArith",               KIND_NUMBER,       600,   420,   180,  0.0),
+    Task("gsm8k",                     "GSM8K",                    KIND_NUMBER,       8792,  7473,  1319, 0.0,    "ordered"),
+    Task("aqua",                      "AQUA",                     letter_kind("E"),  97721, 10000, 254,  20.0,   "aqua"),
+    Task("svamp",                     "SVAMP",                    KIND_FLOAT,        1000,  700,   300,  0.0),
+    Task("date_understanding",        "Date Understanding",       letter_kind("F"),  369,   258,   111,  17.12),
+    Task("tracking_shuffled_objects", "Shuffled Objects",         letter_kind("C"),  750,   525,   225,  33.33),
+    Task("last_letter_concatenation", "Last Letter",              KIND_STRING,       500,   350,   150,  0.0),
+    Task("coin_flip",                 "Coin Flip",                KIND_YES_NO,       500,   350,   150,  50.0),
+    Task("commonsense_qa",            "CommonSenseQA",            letter_kind("E"),  10962, 9741,  1221, 20.0,   "ordered"),
+    Task("strategy_qa",               "StrategyQA",               KIND_YES_NO_CASE,  2290,  1603,  687,  50.0),
+    Task("toy",                       "Toy Coins",                KIND_YES_NO,       2000,  1400,  600,  50.0),
+]}
+
+
+def find_task(key):
+    """-> the row of a task.  Raises UserError with the nearest known keys."""
+    if key in TASKS:
+        return TASKS[key]
+    near = difflib.get_close_matches(str(key), TASKS, 1)
+    raise UserError(f"there is no task {str(key)[:80]!r}{f' (did you mean {near[0]}?)' if near else ''}: choose from {', '.join(TASKS)}")
+
+
+# ---------------------------------------------------------------- The verdict on one completion
+
+class Verdict(NamedTuple):
+    prediction: object      # what was read; None: no answer
+    candidates: list        # everything that could have been read
+    correct: bool
+    contains_answer: bool   # any candidate is right
+    correct_format: bool    # the template's prefix is there, or none is expected
+
+
+# prediction_template -> what stands before the answer (None: the answer comes at once)
+PREFIXES = {None: None, "zs": None, "zs_cot": None, "ft_token": None, "ft_natural": None, "fs_cot": "The answer is",
+            "ft_cot_token": "-->", "ft_cot_natural": "Therefore, the answer is"}
+
+
+def paper_prediction(rules, prefix, text):
+    """First candidate after the prefix; if it is missing, the last one of the text (paper §4 and appendix)."""
+    before, found, after = text.partition(prefix) if prefix else ("", "", text)
+    candidates = rules.candidates(after if found or not prefix else text)
+    if not candidates:
+        return None, []
+    return candidates[0 if found or not prefix else -1], candidates
+
+
+def flexible_prediction(rules, prefix, text):
+    """What the sentence after the last announcement of an answer says; if none is announced, the text's last candidate.
+    Where no prefix is expected the prompt itself was the announcement, so the text opens with its answer."""
+    text = text[:following.start()] if (following := NEXT_QUESTION.search(text)) else text
+    found = rules.candidates(text)  # [(position, value, ...)]
+    if not found:
+        return None, []
+    announcements = [m.end() for m in MARKER.finditer(text) if m.end() <= found[-1][0]] or ([] if prefix else [0])
+    first = next(f[0] for f in found if f[0] >= announcements[-1]) if announcements else found[-1][0]
+    begin = max([m.end() for m in SENTENCE_END.finditer(text, 0, first)] + announcements[-1:], default=0)
+    end = m.start() if (m := SENTENCE_END.search(text, first)) else len(text)
+    in_sentence = [(f[0] - begin, *f[1:]) for f in found if begin <= f[0] < end]
+    return rules.pick(text[begin:end], in_sentence, bool(announcements)), [f[1] for f in found]
+
+
+def judge(task, template, completion, answer, rules="paper"):
+    """-> Verdict on a completion of `task` that was prompted with `template`, against the gold answer.
+
+    rules="paper" is identical to the published evaluator, quirks included; rules="flexible" reads as a careful person
+    would.  Raises UserError for an unknown task, template or rule set, or a gold answer that cannot be read."""
+    kind, text = find_task(task).kind, completion or ""  # an API may send null
+    if template not in PREFIXES:
+        raise UserError(f"there is no prediction template {template!r}: choose from {', '.join(map(str, PREFIXES))}")
+    if rules not in ("paper", "flexible"):
+        raise UserError(f"there are no {rules!r} rules: choose paper or flexible")
+    prefix, reading = PREFIXES[template], getattr(kind, rules)
+    predict = paper_prediction if rules == "paper" else flexible_prediction
+    prediction, candidates = predict(reading, prefix, text)
+    try:
+        gold = reading.gold(answer)
+    except ValueError:
+        raise UserError(f"the gold answer {answer!r} of {task} is not a {kind.name}") from None
+    right = [reading.same(candidate, gold) for candidate in candidates]
+    return Verdict(prediction, candidates, prediction is not None and reading.same(prediction, gold), any(right), not prefix or prefix in text)
+
+
+# ---------------------------------------------------------------- Prompt and label templates (paper §3 and the published code).  A family is what a model reads: decoder, encoder_decoder,
+# or openai (the published GPT-3 fine-tuning files).  Labels of open models end with EOS, added when they are tokenized.
+
+FAMILIES = ("decoder", "encoder_decoder", "openai")
+COT = "Q: {q}\nA: Let's think step by step."
+COT_ANSWER = "\nTherefore, the answer is"  # step 2 of Zero-shot-CoT: step 1 + its completion + this
+GPT3 = "{q}\n\n###\n\n"
+TEMPLATES = {  # prediction_template: {family: (prompt, label)}
+    "zs":             {"decoder": ("Q: {q}\n\nA:", ""), "encoder_decoder": ("question: {q}", ""), "openai": ("Q: {q}\n\nA:", "")},
+    "zs_cot":         {family: (COT, "") for family in FAMILIES},
+    "fs_cot":         {family: ("{examples}\nQ: {q}\nA:", "") for family in FAMILIES},
+    "ft_token":       {"decoder": ("{q} ###", " {a}"), "encoder_decoder": ("{q}", "{a}"), "openai": (GPT3, " {a} END")},
+    "ft_natural":     {"decoder": ("Q: {q}\n\nA:", " {a}"), "encoder_decoder": ("Q: {q}", "{a}")},
+    "ft_cot_token":   {"decoder": ("{q} ###", " {r} --> {a}"), "encoder_decoder": ("{q}", "{r} --> {a}"),
+                       "openai": (GPT3, " {r}\n\n-->\n\n{a} END")},
+    "ft_cot_natural": {"decoder": ("Q: {q}\n\nA: Let's think step by step.\n\n", " {r}\n\nTherefore, the answer is {a}")},
+}
+
+
+def format_sample(template, family, question, rationale="", answer="", examples=""):
+    """-> (prompt, label) of one sample, all parts stripped.  Raises UserError where the family has no such template."""
+    if family not in TEMPLATES.get(template, {}):
+        raise UserError(f"there is no template {template!r} for {family} students: choose from {', '.join(t for t in TEMPLATES if family in TEMPLATES[t])}")
+    prompt, label = TEMPLATES[template][family]
+    parts = {"q": question.strip(), "r": rationale.strip(), "a": answer.strip(), "examples": examples.strip()}
+    return prompt.format(**parts), label.format(**parts)
+
+
+def encode_prompt(tokenizer, family, prompt):
+    """-> token ids of a prompt, with what the model's tokenizer puts first; a decoder's prompt is to be continued, so no EOS."""
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if family == "decoder" and ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+# ---------------------------------------------------------------- Loading and splits
+
+def load(task, data_dir="data"):
+    """-> list of {"sample_index", "question", "answer", "rationale"?} of a prepared benchmark, or of the toy task.
+
+    Raises UserError when the file is missing (with the command that makes it) or is not such a file."""
+    row = find_task(task)
+    if row.key == "toy":
+        return toy_samples(row.n)
+    path = Path(data_dir) / "dataset" / f"{row.key}.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: make it with `python data/prepare.py {row.key}`")
+    content = read_json(path)
+    samples = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(samples, list) or not samples:
+        raise UserError(f'{path} is not a dataset: it needs {{"metadata": ..., "data": [samples]}}; make it again with `python data/prepare.py {row.key}`')
+    if content.get("metadata", {}).get("dataset_key", row.key) != row.key:
+        raise UserError(f"{path} holds the task {content['metadata']['dataset_key']!r}, not {row.key!r}: make it again with `python data/prepare.py {row.key}`")
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, dict) or sample.get("sample_index") != i or not all(isinstance(sample.get(k), str) for k in ("question", "answer")):
+            raise UserError(f"{path}: sample {i} needs sample_index {i}, a question and an answer; make it again with `python data/prepare.py {row.key}`")
+    return samples
+
+
+def default_split(task, n=None):
+    """-> (train, test): sorted sample indices by the task's split rule; n samples instead of the table's number."""
+    import numpy as np  # the legacy RandomState: its permutations are those of the published splits
+    row = find_task(task)
+    n = n or row.n
+    if row.split == "ordered":
+        return list(range(row.train)), list(range(row.train, n))
+    if row.split == "aqua":  # 10,000 of the 97,467 training samples, then all 254 test samples
+        first_test = n - row.test
+        return sorted(np.random.RandomState(0).permutation(first_test)[:row.train].tolist()), list(range(first_test, n))
+    order, cut = np.random.RandomState(0).permutation(n).tolist(), round(0.7 * n)
+    return sorted(order[:cut]), sorted(order[cut:])
+
+
+def load_split(task, split="default", data_dir="data"):
+    """-> (train indices, test indices) of `default`, `template`, or `few_shot_8` / `_32` / `_128` (a part of default's train)."""
+    row = find_task(task)
+    few_shot = re.fullmatch(r"few_shot_(\d{1,6})", split)
+    path = Path(data_dir) / "split" / f"{row.key}__{'default' if few_shot else safe_key(split)}.json"
+    if row.key == "toy" and path.stem.endswith("__default"):
+        train, test = default_split("toy")
+    elif not path.exists():
+        raise UserError(f"{path} is missing: make it with `python data/prepare.py {row.key}` (splits: default; template for multiarith "
+                        "and date_understanding; few_shot_8, few_shot_32, few_shot_128)")
+    else:
+        content = read_json(path)
+        train, test = (content.get(part) if isinstance(content, dict) else None for part in ("train", "test"))
+        if not all(isinstance(part, list) and all(type(i) is int for i in part) for part in (train, test)) or set(train) & set(test):
+            raise UserError(f'{path} is not a split: it needs {{"train": [indices], "test": [indices]}} that share none')
+    if few_shot:  # paper §5: fine-tuning on 8, 32 and 128 samples
+        import numpy as np
+        train = sorted(np.random.RandomState(0).permutation(train)[:int(few_shot[1])].tolist())
+    return train, test
+
+
+def few_shot_examples(task, data_dir="data"):
+    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
+    path = Path(data_dir) / "few_shot_cot_prompts.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: make it with `python data/prepare.py {task}`")
+    prompts = read_json(path)
+    if task not in prompts:
+        raise UserError(f"{path} has no few-shot prompt for {task}: use zs_cot")
+    return prompts[task]["prompt"]
+
+
+# ---------------------------------------------------------------- The toy task: who flips, who keeps, and is the coin still heads up?  Five coin states in a row are hard to see at once
+# and easy one at a time, so rationales help a tiny student; without them it stays at chance.
+
+SIDES = {True: "heads", False: "tails"}
+NAMES = "Ann Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mia Nils Olga Paul".split()
+
+
+def toy_samples(n, people=5):
+    """Samples of equal length: `flips` and `keeps` are one word each, so the length of a question tells nothing."""
+    rng = random.Random(0)
+    samples = []
+    for i in range(n):
+        steps = [(name, rng.choice(("flips", "keeps"))) for name in rng.sample(NAMES, people)]
+        question = " ".join(["A coin is heads up.", *(f"{name} {verb} the coin." for name, verb in steps), "Is the coin still heads up?"])
+        flips = sum(verb == "flips" for _, verb in steps)
+        samples.append({"sample_index": i, "question": question, "answer": "no" if flips % 2 else "yes"})
+    return samples
+
+
+TOY_PHRASES = [  # (start, one step, end): the teacher's several ways to say the same
+    ("The coin is heads up.", "{name} {verb} it: {before} to {side}.", "So it is {side} up."),
+    ("Start: heads.", "From {before}, {name} {verb} it to {side}.", "In the end {side}."),
+    ("Heads.", "{name} {verb} {before}, now {side}.", "The coin shows {side}."),
+]
+TOY_VOCABULARY = [*NAMES, *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHRASES for part in phrases),
+                  "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->"]
+
+
+def toy_rationale(question, rng, phrases):
+    """Follow the coin; in one rationale of five, lose track at one person, which turns the end around."""
+    steps = re.findall(r"(\w+) (flips|keeps) the coin", question)
+    slip = rng.randrange(len(steps)) if steps and rng.random() < 0.2 else None
+    start, step, end = phrases
+    heads, said = True, [start]
+    for i, (name, verb) in enumerate(steps):
+        before, heads = heads, heads ^ (verb == "flips") ^ (i == slip)
+        said.append(step.format(name=name, verb=verb, before=SIDES[before], side=SIDES[heads]))
+    return " ".join([*said, end.format(side=SIDES[heads])])
+
+
+def toy_teacher(prompts, n=1, temperature=0.0, max_new_tokens=128, stop=None, seed=0):
+    """An embedded teacher with the signature of `complete`: n completions a prompt, the same ones for the same seed.
+
+    It answers both steps of Zero-shot-CoT.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
+    def one(prompt, k):
+        if prompt.endswith(COT_ANSWER):
+            sides = re.findall(r"heads|tails", prompt)
+            return " yes." if sides[-1] == "heads" else " no."
+        rng = random.Random(f"{seed} {k} {prompt}" if temperature else f"{seed} {prompt}")
+        return " " + toy_rationale(prompt, rng, rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0])
+    return [[{"completion": one(prompt, k), "finish_reason": "stop"} for k in range(n)] for prompt in prompts]

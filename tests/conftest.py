@@ -1,0 +1,77 @@
+"""Shared by all tests: tiny random models, and the optional folder of published files to test against.
+
+FINETUNE_COT_SHARED names a folder with mirror/, saved/, vectors/ and dataset_SHA256SUMS; tests that need it are skipped
+without it.  Everything else is made here: no network, no GPU."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    folder = os.environ.get("FINETUNE_COT_SHARED")
+    if not folder:
+        assert not os.environ.get("FINETUNE_COT_REQUIRE_SHARED"), "FINETUNE_COT_SHARED is not set"
+        pytest.skip("FINETUNE_COT_SHARED is not set: no published files to compare with")
+    return Path(folder)
+
+
+def tiny_tokenizer(bos=False):
+    """Bytes as tokens, so that any text can be encoded and decoded; eos 0, pad 1, and perhaps a bos that is put first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(["<eos>", "<pad>", "<bos>", *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token=None if bos else "<pad>")
+
+
+def tiny_model(kind, dropout=0.0):
+    """A random model of a family, small enough for a test: gpt2, llama, t5 (tied head) or flan-t5 (gated, untied head)."""
+    import torch
+    import transformers as tf
+    torch.manual_seed(0)
+    ids = {"eos_token_id": 0, "pad_token_id": 1}
+    if kind == "gpt2":
+        return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=259, n_layer=2, n_head=2, n_embd=32, n_positions=256, bos_token_id=0, eos_token_id=0,
+                                                initializer_range=0.2, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
+    if kind == "llama":
+        return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                  num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, **ids))
+    config = tf.T5Config(vocab_size=259, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=dropout, decoder_start_token_id=1,
+                         feed_forward_proj="gated-gelu" if kind == "flan-t5" else "relu", tie_word_embeddings=kind == "t5", **ids)
+    return tf.T5ForConditionalGeneration(config)
+
+
+KINDS = ["gpt2", "llama", "t5", "flan-t5"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """-> function: kind -> a Hugging Face folder with a tiny random model and its tokenizer."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            tiny_model(kind).save_pretrained(made[kind])
+            tiny_tokenizer(bos=kind == "llama").save_pretrained(made[kind])
+        return made[kind]
+    return folder
+
+
+def run(*command, cwd=ROOT, env=None, **options):
+    """Run a script of the project as a user would; -> the finished process, output as text."""
+    import subprocess
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)

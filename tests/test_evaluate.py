@@ -1,0 +1,219 @@
+"""Decoding against Hugging Face's generate, scores against published numbers.   python -m pytest tests/test_evaluate.py"""
+import json
+import math
+
+import pytest
+import torch
+
+import evaluate
+import tasks
+from conftest import KINDS, run, tiny_model, tiny_tokenizer
+from tasks import UserError
+
+PUBLISHED = {"multiarith": 78.79, "coin_flip": 90.04, "date_understanding": 67.58, "strategy_qa": 53.45, "svamp": 64.20}
+PROMPTS = ["a", "count to ten ###", "Q: What is 3 + 4?\n\nA:", "x" * 60, "How many?", "b c d e f g", "0 1 2 3 4 5 6 7 8 9 10 11 12 13"]
+
+
+def one_by_one(model, tokenizer, family, max_new_tokens):
+    """The oracle: Hugging Face's generate, one prompt at a time, so nothing is padded."""
+    texts = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([tasks.encode_prompt(tokenizer, family, prompt)])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=0, pad_token_id=1)[0]
+        texts.append(tokenizer.decode(out[ids.shape[1] if family == "decoder" else 1:], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_equals_hugging_face_one_by_one_for_any_batch_size(kind, model_folder):
+    model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
+    expected = one_by_one(model, tokenizer, family, 40)
+    for batch_size in (1, 3, 7):
+        done = evaluate.generate(model, tokenizer, family, PROMPTS, 40, batch_size=batch_size)
+        assert [row[0]["completion"] for row in done] == expected
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_each_row_stops_at_its_own_limit_whatever_its_neighbours_do(kind, model_folder):
+    model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
+    limits = [3, 30, 7, 1, 30, 12, 5]
+    rows = evaluate.generate(model, tokenizer, family, PROMPTS, limits)
+    assert rows == [evaluate.generate(model, tokenizer, family, [prompt], limit)[0] for prompt, limit in zip(PROMPTS, limits)]
+    assert [len(tokenizer(row[0]["completion"], add_special_tokens=False)["input_ids"]) for row in rows][3] <= 3  # one byte, or its replacement sign
+
+
+def test_eos_ends_a_completion_with_reason_stop():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    first = model(torch.tensor([[40, 41]])).logits[0, -1].argmax().item()
+    model.generation_config.eos_token_id = first  # so that the first token already ends it
+    prompt = tokenizer.decode([40, 41])
+    assert evaluate.generate(model, tokenizer, "decoder", [prompt], 10)[0][0] == {"completion": tokenizer.decode([first]), "finish_reason": "stop"}
+
+
+def test_a_stop_string_ends_a_completion_and_is_cut_off():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    text = evaluate.generate(model, tokenizer, "decoder", PROMPTS[:1], 20)[0][0]["completion"]
+    stop = text[4:6]
+    row = evaluate.generate(model, tokenizer, "decoder", PROMPTS[:1], 20, stop=[stop])[0][0]
+    assert row == {"completion": text[:text.find(stop)], "finish_reason": "stop"}
+
+
+def test_a_model_that_never_stops_is_cut_at_the_models_positions():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = 2
+    row = evaluate.generate(model, tokenizer, "decoder", ["x" * 250], 1000)[0][0]
+    assert row["finish_reason"] == "length" and len(row["completion"]) <= 6
+
+
+@pytest.mark.parametrize("prompt", ["", "x" * 256])
+def test_a_prompt_that_is_empty_or_too_long_is_named(prompt):
+    with pytest.raises(UserError, match="prompt 1 has"):
+        evaluate.generate(tiny_model("gpt2"), tiny_tokenizer(), "decoder", ["fine", prompt], 5)
+
+
+def test_samples_of_a_row_depend_on_its_seed_alone():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    rows = evaluate.generate(model, tokenizer, "decoder", PROMPTS, 12, temperature=0.7, n=4, batch_size=5, seed=1)
+    assert rows == evaluate.generate(model, tokenizer, "decoder", PROMPTS, 12, temperature=0.7, n=4, batch_size=28, seed=1)
+    assert rows[2:4] == evaluate.generate(model, tokenizer, "decoder", PROMPTS[2:4], 12, temperature=0.7, n=4, seed=1)
+    assert rows != evaluate.generate(model, tokenizer, "decoder", PROMPTS, 12, temperature=0.7, n=4, seed=2)
+    assert len({row["completion"] for row in rows[2]}) > 1
+
+
+def test_sampled_tokens_follow_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, float("-inf")]]).expand(20_000, 5)
+    generator = torch.Generator().manual_seed(0)
+    tokens = evaluate.pick_tokens(logits, 0.7, [generator] * len(logits))
+    expected = torch.softmax(logits[0].double() / 0.7, -1) * len(tokens)
+    seen = torch.bincount(tokens, minlength=5)
+    assert seen[4] == 0
+    assert ((seen - expected)[:4] ** 2 / expected[:4]).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
+
+
+def test_generate_writes_the_rows_it_read_in_order_with_completion_and_reason(tmp_path, model_folder):
+    rows = [{"prompt": p, "id": i, "max_new_tokens": i + 1} for i, p in enumerate(PROMPTS)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run("evaluate.py", "generate", "--model", model_folder("gpt2"), "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    out = tasks.read_jsonl(tmp_path / "out.jsonl")
+    assert [{k: r[k] for k in ("prompt", "id", "max_new_tokens")} for r in out] == rows
+    assert all(r["finish_reason"] in ("stop", "length") and isinstance(r["completion"], str) for r in out)
+
+
+@pytest.mark.parametrize("row", ['{"text": "a"}', '["a"]', '{"prompt": "a", "max_new_tokens": 0}', '{"prompt": "a", "max_new_tokens": "5"}'])
+def test_a_prompt_file_of_the_wrong_form_is_named_with_its_row(tmp_path, row):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n' + row)
+    with pytest.raises(UserError, match="p.jsonl, row 2"):
+        evaluate.read_prompts(tmp_path / "p.jsonl", 5)
+
+
+def test_a_folder_that_is_not_a_model_or_has_no_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a model folder: it has no config.json"):
+        evaluate.load_model(str(tmp_path))
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        evaluate.load_model(str(tmp_path))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="could not be loaded"):
+        evaluate.load_model(str(tmp_path))
+    with pytest.raises(UserError, match="neither a folder here nor a model that could be downloaded"):
+        evaluate.load_model("no-such-model")
+
+
+# ---------------------------------------------------------------- completion datasets and scores
+
+def completion_file(path, n=2000, correct=lambda i: True, **metadata):
+    """A completion file on the toy task, where correct(i) says which are right."""
+    samples = tasks.toy_samples(n)
+    data = {str(s["sample_index"]): [{**{k: s[k] for k in ("sample_index", "question", "answer")}, "completion_index": 0, "finish_reason": "stop",
+                                      "completion": s["answer"] if correct(s["sample_index"]) else "?"}] for s in reversed(samples)}
+    tasks.write_json(path, {"metadata": {"dataset_key": "toy", "base_model": "m", "completion_key": "zs", "prediction_template": "zs", **metadata}, "data": data})
+    return path
+
+
+@pytest.mark.parametrize("task, accuracy", PUBLISHED.items())
+def test_published_completions_score_as_published(shared, task, accuracy):
+    path = shared / "saved/completion_data/B_text-davinci-002__C_zs_cot" / f"D_{task}.json"
+    assert evaluate.score(path, part="all")["accuracy"] == accuracy
+
+
+def test_a_score_counts_what_it_says(tmp_path):
+    path = completion_file(tmp_path / "f.json", correct=lambda i: i % 4)
+    s = evaluate.score(path, part="all")
+    assert (s["n"], s["correct"], s["accuracy"], s["no_answer"], s["complete"], s["correct_format"]) == (2000, 1500, 75.0, 500, 100.0, 100.0)
+    train, test = tasks.load_split("toy")
+    assert evaluate.score(path)["n"] == len(test) and evaluate.score(path, part="train")["correct"] == sum(bool(i % 4) for i in train)
+
+
+def test_wilson_interval_solves_its_defining_equation():
+    for correct, n in [(0, 10), (3, 10), (10, 10), (159, 300), (1, 1)]:
+        low, high = evaluate.wilson(correct, n)
+        for p in (low / 100, high / 100):  # |observed - p| = z * sqrt(p (1 - p) / n), or the end of the scale
+            assert p in (0.0, 1.0) or abs(correct / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), rel=1e-6, abs=1e-7)
+    assert evaluate.wilson(5, 10) == pytest.approx((23.66, 76.34), abs=0.01)
+    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 27.75), abs=0.01)
+
+
+def test_a_file_that_lacks_samples_is_no_result_unless_asked(tmp_path):
+    path = completion_file(tmp_path / "f.json", n=1500)
+    missing = sum(i >= 1500 for i in tasks.load_split("toy")[1])
+    with pytest.raises(UserError, match=rf"lacks {missing} of the 600 samples of part 'test'.*--allow_partial"):
+        evaluate.score(path)
+    assert evaluate.score(path, allow_partial=True)["n"] == 600 - missing
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda d: d["data"]["5"][0].update(answer="maybe"), "sample 5 is not sample 5 of toy"),
+    (lambda d: d["data"]["5"][0].update(question="Who?"), "sample 5 is not sample 5 of toy"),
+    (lambda d: d["data"].update({"9999": [{**d["data"]["5"][0], "sample_index": 9999}]}), "sample 9999 is not"),
+    (lambda d: d["data"]["5"].append(d["data"]["5"][0]), "completion 0 of sample 5 is there twice"),
+    (lambda d: d["data"]["5"][0].pop("answer"), "a completion of sample 5 lacks"),
+    (lambda d: d["data"].update({"5": "x"}), "a completion of sample 5 lacks"),
+    (lambda d: d["data"].update({"5": [{**d["data"]["5"][0], "sample_index": 6}]}), "a completion of sample 5 lacks"),
+    (lambda d: d["metadata"].pop("dataset_key"), "is not a completion file"),
+    (lambda d: d["metadata"].update(dataset_key="coin"), "no task 'coin'"),
+    (lambda d: d.update(data=[]), "is not a completion file")])
+def test_completions_that_do_not_belong_are_found_and_named(tmp_path, change, message):
+    path = completion_file(tmp_path / "f.json")
+    content = tasks.read_json(path)
+    change(content)
+    tasks.write_json(path, content)
+    with pytest.raises(UserError, match=message):
+        evaluate.score(path)
+
+
+def test_score_prints_a_line_or_an_object_for_each_file(tmp_path):
+    paths = [completion_file(tmp_path / f"{i}.json") for i in (1, 2)]
+    done = run("evaluate.py", "score", *paths, "--json")
+    assert [json.loads(line)["accuracy"] for line in done.stdout.splitlines()] == [100.0, 100.0]
+    done = run("evaluate.py", "score", *paths, "--rules", "flexible")
+    assert done.stdout.count("100.00  [99.36, 100.00]") == 2
+    done = run("evaluate.py", "score", tmp_path / "none.json")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_the_table_shows_the_papers_teacher_values_beside_ours(shared):
+    done = run("evaluate.py", "table", "--saved", shared / "saved")
+    for value in PUBLISHED.values():
+        assert f"(paper {value:.2f})" in done.stdout and f"{value:.2f} [" in done.stdout
+
+
+def test_the_table_tells_the_last_epoch_from_the_best_on_test(tmp_path):
+    for epoch, share in [(1, 2), (2, 4), (3, 3)]:
+        completion_file(tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json", correct=lambda i: i % share, completion_key="ft",
+                        train_key="ft", epoch=epoch)
+    table, skipped = evaluate.collect(tmp_path, tmp_path)
+    assert not skipped and table["m", "ft"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch"]["toy"]["epoch"] == 2
+
+
+def test_zero_shot_cot_asks_twice_and_keeps_both_answers():
+    asked = []
+    def complete(prompts, n, temperature, max_new_tokens, stop):
+        asked.append(prompts)
+        return [[{"completion": f" r{k}" if len(asked) == 1 else " 7.", "finish_reason": "stop"} for k in range(n)] for _ in prompts]
+    data = evaluate.make_completions(complete, [{"sample_index": 3, "question": "q", "answer": "7"}], "zs_cot", "decoder", "zs_cot", degree=2)
+    step_1 = "Q: q\nA: Let's think step by step."
+    assert asked == [[step_1], [f"{step_1} r0\nTherefore, the answer is", f"{step_1} r1\nTherefore, the answer is"]]
+    assert [(r["completion_index"], r["reasoning_prompt"], r["reasoning_completion"], r["prompt"], r["completion"]) for r in data["3"]] == [
+        (0, step_1, " r0", asked[1][0], " 7."), (1, step_1, " r1", asked[1][1], " 7.")]
