@@ -20,7 +20,10 @@ import tasks
 from tasks import UserError
 
 
-# ---------------------------------------------------------------- Local models
+# ---------------- Local models
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")
+
 
 def load_model(name, dtype="float32"):
     """-> (model, tokenizer, family) of a Hugging Face folder or hub name; family is decoder or encoder_decoder.
@@ -34,14 +37,14 @@ def load_model(name, dtype="float32"):
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"{name} is not a model folder: it has no config.json")
-        if not any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")):
+        if not any((folder / f).exists() for f in TOKENIZER_FILES):
             raise UserError(f"{name} has no tokenizer: save one beside the model with tokenizer.save_pretrained({name!r})")
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:  # what from_pretrained raises for files that are missing, torn or foreign
+    except (OSError, ValueError, KeyError, SafetensorError) as e:  # of from_pretrained, for files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
     if tokenizer.eos_token_id is None:
@@ -104,7 +107,7 @@ def drop_rows(state, rows):
 
 
 def decode_batch(model, tokenizer, family, prompts, limits, temperature, stop, generators):
-    """-> [(text, finish_reason)]: `stop` at the end-of-sequence token or a stop string (cut off), `length` at the row's limit."""
+    """-> [(text, finish_reason)]: `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit."""
     import torch
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     eos = model.generation_config.eos_token_id
@@ -151,12 +154,14 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     limits = [min(limit, positions - len(row)) if positions else limit for limit, row in zip(limits, ids)]
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     rows = sorted(((i, k) for i in range(len(prompts)) for k in range(n)), key=lambda row: -len(ids[row[0]]))[rank::ranks]
+    batches = [rows[b:b + batch_size] for b in range(0, len(rows), batch_size)]
     done, was_training = {}, model.training
     model.eval()
     with torch.inference_mode():
-        for batch in tasks.progress([rows[b:b + batch_size] for b in range(0, len(rows), batch_size)], "decoding", show=rank == 0):
-            generators = [torch.Generator().manual_seed(int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63) for i, k in batch]
-            results = decode_batch(model, tokenizer, family, [ids[i] for i, _ in batch], [limits[i] for i, _ in batch], temperature, stop, generators)
+        for batch in tasks.progress(batches, "decoding", show=rank == 0):
+            seeds = [int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63 for i, k in batch]
+            results = decode_batch(model, tokenizer, family, [ids[i] for i, _ in batch], [limits[i] for i, _ in batch],
+                                   temperature, stop, [torch.Generator().manual_seed(s) for s in seeds])
             done.update(zip(batch, results))
     model.train(was_training)
     if ranks > 1:
@@ -166,7 +171,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     return [[dict(zip(("completion", "finish_reason"), done[i, k])) for k in range(n)] for i in range(len(prompts))]
 
 
-# ---------------------------------------------------------------- Completion datasets
+# ---------------- Completion datasets
 
 def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
     """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
@@ -174,21 +179,21 @@ def make_completions(complete, samples, method, family, template, degree=1, temp
     prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
     stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
     first = complete(prompts, degree, temperature, max_new_tokens, stop)
-    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"], "answer": s["answer"],
-                                      "prompt": prompt, **one} for k, one in enumerate(many)]
+    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"],
+                                      "answer": s["answer"], "prompt": prompt, **one} for k, one in enumerate(many)]
             for s, prompt, many in zip(samples, prompts, first)}
     if method == "zs_cot":
         rows = [row for many in data.values() for row in many]
         for row in rows:
-            row.update(reasoning_prompt=row["prompt"], reasoning_completion=row["completion"], reasoning_finish_reason=row["finish_reason"],
-                       prompt=row["prompt"] + row["completion"] + tasks.COT_ANSWER)
+            row |= {"reasoning_" + k: row[k] for k in ("prompt", "completion", "finish_reason")}
+            row["prompt"] += row["completion"] + tasks.COT_ANSWER
         for row, [answer] in zip(rows, complete([row["prompt"] for row in rows], 1, 0.0, max_new_tokens, None)):
-            row.update(answer_row(answer))
+            row |= answer
     return data
 
 
-def answer_row(answer):
-    return {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
+ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
+             "reasoning_completion": str | None}
 
 
 def read_completions(path, task=None):
@@ -198,16 +203,17 @@ def read_completions(path, task=None):
     content = tasks.read_json(path)
     metadata, data = (content.get(k) if isinstance(content, dict) else None for k in ("metadata", "data"))
     if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
-        raise UserError(f'{path} is not a completion file: it needs {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
+        raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
     key = tasks.find_task(metadata["dataset_key"]).key
     if task and key != task:
         raise UserError(f"{path} holds completions of the task {key}, not {task}")
     rows = []
     for index, many in data.items():
         for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or str(row.get("sample_index")) != index or type(row.get("completion_index")) is not int \
-                    or not all(isinstance(row.get(k), str) for k in ("question", "answer")) or not isinstance(row.get("completion", ""), str | None):
-                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or completion")
+            if not isinstance(row, dict) or str(row.get("sample_index")) != index \
+                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()):
+                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
+                                "completion, or one is not what it should be")
             rows.append(row)
     rows.sort(key=lambda r: (r["sample_index"], r["completion_index"]))
     for a, b in zip(rows, rows[1:]):
@@ -216,7 +222,7 @@ def read_completions(path, task=None):
     return metadata, rows
 
 
-# ---------------------------------------------------------------- Scores
+# ---------------- Scores
 
 def wilson(correct, n, z=1.959964):
     """-> (low, high): the 95% Wilson score interval of a share, in percent; honest at 0% and 100% too."""
@@ -236,12 +242,13 @@ def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
     wanted = range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[("train", "test").index(part)]
     for row in rows:
         i = row["sample_index"]
-        if not 0 <= i < len(samples) or row["answer"] != samples[i]["answer"] or row["question"].strip() != samples[i]["question"].strip():
-            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): the file was made from other data")
+        if not 0 <= i < len(samples) or any(row[k].strip() != samples[i][k].strip() for k in ("question", "answer")):
+            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): "
+                            "the file was made from other data")
     missing = sorted(set(wanted) - {row["sample_index"] for row in rows})
     if missing and not allow_partial:
-        raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): complete it, choose another "
-                        "--part, or score what there is with --allow_partial")
+        raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
+                        "complete it, choose another --part, or score what there is with --allow_partial")
     wanted = set(wanted)
     return [row for row in rows if row["sample_index"] in wanted]
 
@@ -256,43 +263,43 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
     verdicts = {r: [tasks.judge(task, template, row.get("completion"), row["answer"], r) for row in rows] for r in ("paper", "flexible")}
     def percent(flags):
         return round(100 * sum(flags) / len(rows), 2)
-    correct = sum(v.correct for v in verdicts[rules])
+    asked = verdicts[rules]
+    correct = sum(v.correct for v in asked)
     low, high = wilson(correct, len(rows))
     return {"file": str(path), "task": task, "model": metadata.get("base_model"), "method": metadata.get("completion_key"),
-            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": template, "part": part, "split": split, "rules": rules,
-            "n": len(rows), "correct": correct, "accuracy": percent(v.correct for v in verdicts[rules]), "low": round(low, 2), "high": round(high, 2),
+            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": template,
+            "part": part, "split": split, "rules": rules, "n": len(rows), "correct": correct,
+            "accuracy": percent(v.correct for v in asked), "low": round(low, 2), "high": round(high, 2),
             "paper": percent(v.correct for v in verdicts["paper"]), "flexible": percent(v.correct for v in verdicts["flexible"]),
-            "contains_answer": percent(v.contains_answer for v in verdicts[rules]),
-            "correct_format": percent(v.correct_format for v in verdicts[rules]),
+            "contains_answer": percent(v.contains_answer for v in asked), "correct_format": percent(v.correct_format for v in asked),
             "complete": percent(row.get("finish_reason") == "stop" for row in rows),
-            "no_answer": sum(v.prediction in (None, "") for v in verdicts[rules])}
+            "no_answer": sum(v.prediction in (None, "") for v in asked)}
 
 
 def print_scores(scores):
     """One aligned line per file."""
-    print(f"{'accuracy':>8}  {'95% interval':<15} {'paper':>7} {'flexible':>8} {'contains':>8} {'format':>7} {'complete':>8} {'no answer':>9} {'n':>6}  file")
+    print("accuracy  95% interval      paper flexible contains  format complete no answer      n  file")
     for s in scores:
         interval = f"[{s['low']:.2f}, {s['high']:.2f}]"
-        print(f"{s['accuracy']:8.2f}  {interval:<15} {s['paper']:7.2f} {s['flexible']:8.2f} {s['contains_answer']:8.2f} {s['correct_format']:7.2f} "
-              f"{s['complete']:8.2f} {s['no_answer']:9d} {s['n']:6d}  {s['file']} ({s['part']})")
+        measures = " ".join(f"{s[k]:8.2f}" for k in ("paper", "flexible", "contains_answer", "correct_format", "complete"))
+        print(f"{s['accuracy']:8.2f}  {interval:<14} {measures[1:]} {s['no_answer']:9d} {s['n']:6d}  {s['file']} ({s['part']})")
 
 
-# ---------------------------------------------------------------- The table: methods x tasks, from what lies in saved/
-
-PAPER_METHODS = {"zs": "zero_shot", "fs_cot": "few_shot_cot", "ft": "fine_tune"}  # zs_cot and ft_cot depend on more: see paper_value
-
+# ---------------- The table: methods x tasks, from what lies in saved/
 
 def paper_value(results, score):
     """-> the published accuracy of the same model, method and task, or None."""
-    model = re.sub(r"^google_", "", score["model"] or "").replace("/", "_")
+    model, method = re.sub(r"^google[_/]", "", score["model"] or ""), score["method"]
     is_teacher = model.startswith("text-davinci")
-    method = {"zs_cot": "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot",
-              "ft_cot": "fine_tune_cot_diverse" if "aug" in (score["train_key"] or "") else "fine_tune_cot"}.get(score["method"], PAPER_METHODS.get(score["method"]))
-    for row in results:
-        if (row["model"], row["method"], row["dataset"]) == (model if is_teacher else model.replace("-", "_"), method, score["task"]) \
-                and row["kind"] == "printed" and not row["train_size"] and (row["degree"] or "1") in ("1", "8", "64"):
-            return float(row["accuracy"])
-    return None
+    if not is_teacher:
+        model = model.replace("-", "_")
+    if method == "zs_cot":
+        method = "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot"
+    elif method == "ft_cot":
+        method = "fine_tune_cot_diverse" if "aug" in (score["train_key"] or "") else "fine_tune_cot"
+    wanted = (model, {"zs": "zero_shot", "fs_cot": "few_shot_cot", "ft": "fine_tune"}.get(method, method), score["task"], "printed", "")
+    values = [r["accuracy"] for r in results if (r["model"], r["method"], r["dataset"], r["kind"], r["train_size"]) == wanted]
+    return float(values[0]) if values else None
 
 
 def read_paper_results():
@@ -310,7 +317,8 @@ def collect(saved, data_dir, rules="paper", allow_partial=False):
         try:
             metadata, rows = read_completions(path)
             is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
-            s = score(path, "test" if is_student else "all", metadata.get("split") or "default", data_dir, rules, allow_partial)
+            part, split = "test" if is_student else "all", metadata.get("split") or "default"
+            s = score(path, part, split, data_dir, rules, allow_partial)
         except UserError as e:
             skipped.append(str(e))
             continue
@@ -331,8 +339,9 @@ def print_table(table, skipped, results):
     def cell(s):
         paper = paper_value(results, s)
         return f"{s['accuracy']:.2f} [{s['low']:.1f}, {s['high']:.1f}]" + (f" (paper {paper:.2f})" if paper is not None else "")
-    lines = [["model", "method", *(tasks.TASKS[key].name for key in columns)], ["", "random", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)]]
-    lines += [[model, label, *(cell(row[key]) if key in row else "-" for key in columns)] for (model, label), row in sorted(table.items())]
+    lines = [["model", "method", *(tasks.TASKS[key].name for key in columns)],
+             ["", "random", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)]]
+    lines += [[*names, *(cell(row[key]) if key in row else "-" for key in columns)] for names, row in sorted(table.items())]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
@@ -340,7 +349,7 @@ def print_table(table, skipped, results):
         print(f"not in the table: {message}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- What the user sees at the end
+# ---------------- What the user sees at the end
 
 def show_completion(title, result, right):
     """Print one right or wrong completion in full; -> whether there was one."""
@@ -348,7 +357,8 @@ def show_completion(title, result, right):
     for row in rows:
         verdict = tasks.judge(result["task"], metadata.get("prediction_template"), row["completion"], row["answer"])
         if verdict.correct == right:
-            print(f"\n{title}\n  prompt:     {row.get('reasoning_prompt', row['prompt'])}\n  completion: {(row.get('reasoning_completion', '') + row['completion']).strip()}\n"
+            completion = (row.get("reasoning_completion", "") + row["completion"]).strip()
+            print(f"\n{title}\n  prompt:     {row.get('reasoning_prompt', row['prompt'])}\n  completion: {completion}\n"
                   f"  read: {verdict.prediction}   gold: {row['answer']}")
             return True
     return False
@@ -356,25 +366,27 @@ def show_completion(title, result, right):
 
 def report(results, student, seed, saved):
     """The table of this run, with a right and a wrong completion to read."""
-    name = tasks.TASKS[results[-1]['task']].name
-    print(f"\n{name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {tasks.TASKS[results[-1]['task']].random}%)\n")
+    task = tasks.TASKS[results[-1]["task"]]
+    print(f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {task.random}%)\n")
     print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
     for r in results:
         label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
-        print(f"{label:<22} {r['accuracy']:7.1f}%  [{r['low']:.1f}, {r['high']:.1f}]".ljust(48) + f" {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
+        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
+        print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
     show_completion(f"A right completion of {results[-1]['method']}:", results[-1], True)
     any(show_completion(f"A wrong completion of {r['method']}:", r, False) for r in reversed(results))
-    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl). Compare runs: "
-          f"python evaluate.py table --saved {saved}")
+    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
+          f"Compare runs: python evaluate.py table --saved {saved}")
 
 
-# ---------------------------------------------------------------- Command line
+# ---------------- Command line
 
 def read_prompts(path, max_new_tokens):
     """-> (rows, prompts, limits) of a JSON-lines file with a "prompt" and perhaps a "max_new_tokens" on each line."""
     rows = tasks.read_jsonl(path)
     for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or type(row.get("max_new_tokens", 1)) is not int or row.get("max_new_tokens", 1) < 1:
+        limit = row.get("max_new_tokens", max_new_tokens) if isinstance(row, dict) else None
+        if type(limit) is not int or limit < 1 or not isinstance(row.get("prompt"), str):
             raise UserError(f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0')
     return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]
 
@@ -419,18 +431,20 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default, as in the paper)")
     g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
     g.add_argument("--batch_size", type=int, default=32, help="rows decoded at once (default 32); more is faster and takes more memory")
-    g.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the weights and products (default fp32)")
+    g.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     s = commands.add_parser("score", help="score completion files")
     s.add_argument("files", nargs="+", help="completion files")
-    s.add_argument("--part", choices=["train", "test", "all"], default="test", help="samples to score (default test; the paper's Teacher rows: all)")
+    s.add_argument("--part", choices=["train", "test", "all"], default="test",
+                   help="samples to score (default test; the paper's Teacher rows: all)")
     s.add_argument("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
     s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
     t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
     t.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
     for p in (s, t):
-        p.add_argument("--rules", choices=["paper", "flexible"], default="paper", help="answer cleansing behind `accuracy` (default paper)")
+        p.add_argument("--rules", choices=["paper", "flexible"], default="paper",
+                       help="answer cleansing behind `accuracy` (default paper)")
         p.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
         p.add_argument("--allow_partial", action="store_true", help="score files that lack samples of the part")
     return parser.parse_args(argv)

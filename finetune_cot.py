@@ -10,6 +10,7 @@ file or folder under --saved and is skipped when it is already there, made with 
 """
 import argparse
 import functools
+import hashlib
 import json
 import re
 import sys
@@ -22,11 +23,13 @@ from tasks import UserError
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
-DEFAULTS = {"paper": {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0, "epochs": 20, "batch_size": 8, "lr": 3e-4},
-            "toy": {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7, "epochs": 5, "batch_size": 16, "lr": 1e-3}}
+DEFAULTS = {  # flags whose default depends on the task
+    "paper": {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0,
+              "epochs": 20, "batch_size": 8, "lr": 3e-4},
+    "toy": {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7, "epochs": 5, "batch_size": 16, "lr": 1e-3}}
 
 
-# ---------------------------------------------------------------- Names of files (README of saved/), and whether what lies there was made with today's settings
+# ---------------- Names of files (saved/README.md)
 
 def teacher_key(args):
     """zs_cot at temperature 0, zs_cot_t70 at 0.7"""
@@ -58,7 +61,8 @@ def base_model(name):
 
 
 def completion_path(saved, model, key, task, *parts):
-    return Path(saved) / "completion_data" / f"B_{tasks.safe_key(model)}__C_{tasks.safe_key(key)}" / f"{'__'.join([f'D_{task}', *parts])}.json"
+    folder = Path(saved) / "completion_data" / f"B_{tasks.safe_key(model)}__C_{tasks.safe_key(key)}"
+    return folder / f"{'__'.join([f'D_{task}', *parts])}.json"
 
 
 def finetune_path(args, method, family):
@@ -67,10 +71,17 @@ def finetune_path(args, method, family):
 
 
 def student_path(args, method):
-    return Path(args.out or Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}")
+    if args.out:
+        return Path(args.out)
+    return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
 
 
-# ---------------------------------------------------------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# ---------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
 
 def teacher_complete(args):
     """-> complete(prompts, n, temperature, max_new_tokens, stop) of the teacher that --teacher names."""
@@ -83,7 +94,8 @@ def local_complete(args, model, tokenizer, family):
     """-> complete(...) of a local model."""
     model.to(args.ranks.device)
     def complete(prompts, n, temperature, max_new_tokens, stop):
-        return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop, args.eval_batch_size, args.seed)
+        return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop,
+                                 args.eval_batch_size, args.seed)
     return complete
 
 
@@ -95,36 +107,40 @@ def teacher_file(args):
     return completion_path(args.saved, teacher_name(args), teacher_key(args), args.task)
 
 
+def is_made(stage, args, path, settings):
+    """Whether a completion file is there and was made with these settings."""
+    return path.exists() and tasks.is_current(stage, path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)
+
+
 def sample(args):
-    """Write the teacher's completion dataset: `degree` rationales for every sample of the task (train and test, as published)."""
+    """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published."""
     path = teacher_file(args)
     if args.teacher != "toy" and not args.teacher.startswith("hf:"):
         if not path.exists():
-            raise UserError(f"there are no completions of {args.teacher} for {args.task} at {path}, and only the teachers toy and hf:NAME can be sampled: "
-                            "put the teacher's completion file there (saved/README.md has the format)")
+            raise UserError(f"there are no completions of {args.teacher} for {args.task} at {path}, and only toy and hf:NAME can be "
+                            "sampled: put the teacher's completion file there (saved/README.md has the format)")
         print(f"sample: using the completions of {args.teacher} at {path}")
         return path
     samples = tasks.load(args.task, args.data)
-    settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature, "seed": args.seed,
-                "max_new_tokens": args.teacher_max_new_tokens, "samples": tasks.fingerprint(samples)}
-    if on_master(args, lambda: path.exists() and tasks.is_current("sample", path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)):
+    settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
+                "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": tasks.fingerprint(samples)}
+    if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
-    complete = teacher_complete(args)
     examples = tasks.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
-    data = evaluate.make_completions(complete, samples, args.teacher_method, "decoder", args.teacher_method, args.degree, args.temperature,
-                                     args.teacher_max_new_tokens, examples)
-    metadata = {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None, "train_key": None,
-                "epoch": None, "prediction_template": args.teacher_method, "settings": settings}
+    data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
+                                     args.temperature, args.teacher_max_new_tokens, examples)
+    metadata = {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
+                "train_key": None, "epoch": None, "prediction_template": args.teacher_method, "settings": settings}
     if args.ranks.is_master:
         tasks.write_json(path, {"metadata": metadata, "data": data})
         print(f"sample: {len(samples)} questions x {args.degree} rationales -> {path}")
     return path
 
 
-# ---------------------------------------------------------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3.2)
+# ---------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3.2)
 
 def family_of(args):
-    """What the student reads: decoder, encoder_decoder, or openai files; from its config, or, for a hub name, from the name."""
+    """What the student reads: decoder, encoder_decoder or openai files.  From its config, or, of a hub name, by the name."""
     if args.label_style == "gpt3":
         return "openai"
     config = Path(args.student) / "config.json"
@@ -139,7 +155,9 @@ def label_template(args, method):
 
 def rationale_of(row):
     """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before Few-shot-CoT's answer sentence."""
-    return row["reasoning_completion"] if "reasoning_completion" in row else row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
+    if "reasoning_completion" in row:
+        return row["reasoning_completion"] or ""
+    return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
 
 
 def correct_rationales(args, path, train):
@@ -150,10 +168,12 @@ def correct_rationales(args, path, train):
     if missing:
         print(f"curate: {path} has no completion for {len(missing)} of {len(train)} training samples")
     template = metadata.get("prediction_template")
-    kept = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], args.rules).correct and rationale_of(row).strip()]
+    right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], args.rules).correct]
+    kept = [row for row in right if rationale_of(row).strip()]
     if not kept:
-        raise UserError(f"no correct rationale is left for {args.task}: none of the {len(rows)} completions of {len(train)} training samples in {path} is right "
-                        f"by the {args.rules} rules; try --rules flexible, another --teacher or a larger --degree")
+        raise UserError(f"no correct rationale is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples "
+                        f"in {path}, {len(right)} are right by the {args.rules} rules and 0 of those explain anything; "
+                        "try --rules flexible, another --teacher or a larger --degree")
     return kept, rows
 
 
@@ -166,34 +186,39 @@ def curate(args, method):
     train, _ = tasks.load_split(args.task, args.split, args.data)
     completions = teacher_file(args)
     if method == "ft_cot" and not completions.exists():
-        raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: run --stage sample, or put the teacher's file there")
+        raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
+                        "run --stage sample, or put the teacher's file there")
     samples = tasks.load(args.task, args.data) if method == "ft" else None
-    source = tasks.fingerprint(samples) if method == "ft" else tasks.file_sha256(completions)
-    settings = {"source": source, "split": args.split, "train": tasks.fingerprint(train), "template": label_template(args, method), "family": family}
+    source = tasks.fingerprint(samples) if method == "ft" else file_sha256(completions)
+    template = label_template(args, method)
+    settings = {"source": source, "split": args.split, "train": tasks.fingerprint(train), "template": template, "family": family}
     settings |= {"teacher": args.teacher, "degree": args.degree, "rules": args.rules} if method == "ft_cot" else {}
     note = tasks.read_json(made_from) if path.exists() and made_from.exists() else {}
-    unchanged = bool(note) and note.get("sha256") == tasks.file_sha256(path)
+    unchanged = bool(note) and note.get("sha256") == file_sha256(path)
     if unchanged and tasks.is_current("curate", path, note.get("settings"), settings):
         return path
     if method == "ft":
         kept = total = [samples[i] for i in train]
     else:
         kept, total = correct_rationales(args, completions, train)
-    pairs = [tasks.format_sample(settings["template"], family, row["question"], rationale_of(row) if method == "ft_cot" else "", row["answer"]) for row in kept]
+    rationales = [rationale_of(row) if method == "ft_cot" else "" for row in kept]
+    pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
     if family == "openai":  # byte for byte the published files: no newline at the end
         text = "\n".join(json.dumps({"prompt": prompt, "completion": label}) for prompt, label in pairs)
     else:
-        text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": [p for p, _ in pairs], "label": [l for _, l in pairs]}, indent=4)
+        inputs, labels = zip(*pairs)
+        text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
     if path.exists() and not unchanged and path.read_text() != text:  # not ours, or edited by hand
         tasks.keep_aside(path)
     made_from.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
     tasks.write_whole(path, text)
-    tasks.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": tasks.file_sha256(path)})
-    print(f"curate: kept {len(kept)} of {len(total)} {'rationales' if method == 'ft_cot' else 'samples'} ({100 * len(kept) / len(total):.1f}%) -> {path}")
+    tasks.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": file_sha256(path)})
+    what = "rationales" if method == "ft_cot" else "samples"
+    print(f"curate: kept {len(kept)} of {len(total)} {what} ({100 * len(kept) / len(total):.1f}%) -> {path}")
     return path
 
 
-# ---------------------------------------------------------------- 3. Train (paper §3.3).  The loop itself is train_loop.py
+# ---------------- 3. Train (paper §3.3).  The loop itself is train_loop.py
 
 def student_source(args):
     """-> folder or name to load the untrained student from; the toy student is made here."""
@@ -212,7 +237,7 @@ def train(args, method, data_file):
     import train_loop
     data = train_loop.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
-    settings = {"student": train_loop.model_fingerprint(source), "finetune_data": tasks.file_sha256(data_file)}
+    settings = {"student": train_loop.model_fingerprint(source), "finetune_data": file_sha256(data_file)}
     settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length")}
     if on_master(args, lambda: train_loop.claim_student_folder(out, settings)):
         return out
@@ -223,11 +248,12 @@ def train(args, method, data_file):
     for epoch in train_loop.train(model, tokenizer, family, data, out, args, settings, args.ranks):
         if args.eval_every and epoch % args.eval_every == 0:
             test(args, method, model, tokenizer, family, epoch, tasks.fingerprint(settings))
-    print_once(args, f"train: the student is in {out}; decode with it: python evaluate.py generate --model {out} --prompts FILE.jsonl --out FILE.jsonl")
+    print_once(args, f"train: the student is in {out}; try it: "
+                     f"python evaluate.py generate --model {out} --prompts FILE.jsonl --out FILE.jsonl")
     return out
 
 
-# ---------------------------------------------------------------- 4. Evaluate on the test questions (paper §4)
+# ---------------- 4. Evaluate on the test questions (paper §4)
 
 def test(args, method, model, tokenizer, family, epoch, made_by):
     """Write the completion dataset of a student on the test part, unless it is there; -> its score."""
@@ -237,20 +263,22 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     samples = tasks.load(args.task, args.data)
     _, indices = tasks.load_split(args.task, args.split, args.data)
     samples = [samples[i] for i in indices]
-    settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens, "samples": tasks.fingerprint(samples)}
-    if not on_master(args, lambda: path.exists() and tasks.is_current("evaluate", path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)):
+    settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
+                "samples": tasks.fingerprint(samples)}
+    if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
         examples = tasks.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
-        start = time.perf_counter()
-        data = evaluate.make_completions(local_complete(args, model, tokenizer, family), samples, method, family, template, 1, 0.0, args.max_new_tokens, examples)
+        complete, start = local_complete(args, model, tokenizer, family), time.perf_counter()
+        data = evaluate.make_completions(complete, samples, method, family, template, 1, 0.0, args.max_new_tokens, examples)
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
                     "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
                     "train_key": train_key(args, method) if method in FINE_TUNED else None, "epoch": epoch,
-                    "prediction_template": template, "split": args.split, "part": "test", "seconds": round(time.perf_counter() - start, 1), "settings": settings}
+                    "prediction_template": template, "split": args.split, "part": "test", "settings": settings,
+                    "seconds": round(time.perf_counter() - start, 1)}
         if args.ranks.is_master:
             tasks.write_json(path, {"metadata": metadata, "data": data})
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
-    print_once(args, f"evaluate: {method} epoch {epoch}: test accuracy {result['accuracy']:.2f}% [{result['low']:.1f}, {result['high']:.1f}] "
-                     f"({result['correct']} of {result['n']}) -> {path}")
+    print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
+                     f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")
     return result
 
 
@@ -266,7 +294,7 @@ def test_finished(args, method, out):
     return test(args, method, *evaluate.load_model(str(out)), note["settings"]["epochs"], tasks.fingerprint(note["settings"]))
 
 
-# ---------------------------------------------------------------- Ranks: files are decided on and written by rank 0 alone
+# ---------------- Ranks: files are decided on and written by rank 0 alone
 
 def on_master(args, function):
     """Run function on rank 0; every rank gets its result, when it is done."""
@@ -283,16 +311,18 @@ def print_once(args, text):
         print(text, flush=True)
 
 
-# ---------------------------------------------------------------- Command line
+# ---------------- Command line
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
     what.add_argument("--task", default="toy", help=f"one of {', '.join(tasks.TASKS)} (default toy)")
-    what.add_argument("--teacher", help="toy; a name whose completions lie in --saved (default text-davinci-002, the paper's); or hf:NAME, a local model")
+    what.add_argument("--teacher", help="toy; a name whose completions lie in --saved (default text-davinci-002, the paper's); "
+                      "or hf:NAME, a local model")
     what.add_argument("--student", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
     what.add_argument("--method", nargs="+", choices=[*PROMPTED, *FINE_TUNED], default=list(FINE_TUNED), help="default: ft ft_cot")
-    what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all", help="run this stage alone (default all)")
+    what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all",
+                      help="run this stage alone (default all)")
     what.add_argument("--split", default="default", help="default, template, few_shot_8, few_shot_32, few_shot_128 (default: default)")
     what.add_argument("--seed", type=int, default=0, help="of sample order, dropout, the toy's teacher and student (default 0)")
     where = parser.add_argument_group("where")
@@ -302,25 +332,32 @@ def parse_args(argv=None):
     where.add_argument("--out", help="folder of the student (default under --saved; for one --method)")
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
     teaching = parser.add_argument_group("teaching (paper §3.1-3.2)")
-    teaching.add_argument("--teacher_method", choices=["zs_cot", "fs_cot"], default="zs_cot", help="how the teacher is prompted (default zs_cot)")
+    teaching.add_argument("--teacher_method", choices=["zs_cot", "fs_cot"], default="zs_cot",
+                          help="how the teacher is prompted (default zs_cot)")
     teaching.add_argument("--degree", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
     teaching.add_argument("--temperature", type=float, help="of the teacher (default 0; toy 0.7; paper 0, and 0.7 where D > 1)")
     teaching.add_argument("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, the paper's)")
-    teaching.add_argument("--rules", choices=["paper", "flexible"], default="paper", help="answer cleansing that decides what is kept (default paper)")
-    teaching.add_argument("--label_style", choices=["token", "natural", "gpt3"], default="token", help="of fine-tuning files (default token, "
-                          "'{question} ###' -> ' {rationale} --> {answer}'; gpt3: the paper's files for the API)")
+    teaching.add_argument("--rules", choices=["paper", "flexible"], default="paper",
+                          help="answer cleansing that decides what is kept (default paper)")
+    teaching.add_argument("--label_style", choices=["token", "natural", "gpt3"], default="token",
+                          help="of fine-tuning files (default token: '{question} ###' -> ' {rationale} --> {answer}'; "
+                          "gpt3: the paper's files for the API)")
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
-    training.add_argument("--micro_batch_size", type=int, help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
+    training.add_argument("--micro_batch_size", type=int,
+                          help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
     training.add_argument("--lr", type=float, help="constant learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")
     training.add_argument("--weight_decay", type=float, default=0.01, help="default 0.01, the paper's")
-    training.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="autocast of products (default fp32; T5 overflows in fp16)")
-    training.add_argument("--max_length", type=int, default=512, help="tokens of input and of label; longer samples are dropped (default 512, the paper's)")
+    training.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32",
+                          help="autocast of products (default fp32; T5 overflows in fp16)")
+    training.add_argument("--max_length", type=int, default=512,
+                          help="tokens of input and of label; longer samples are dropped (default 512, the paper's)")
     training.add_argument("--checkpoint_every", type=int, default=1, help="epochs between checkpoints to resume from (default 1; 0 never)")
     training.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     evaluating = parser.add_argument_group("evaluation")
-    evaluating.add_argument("--eval_every", type=int, default=0, help="epochs between evaluations while training (default 0: at the end only; paper 1)")
+    evaluating.add_argument("--eval_every", type=int, default=0,
+                            help="epochs between evaluations while training (default 0: at the end only; paper 1)")
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
     evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once (default 64)")
     args = parser.parse_args(argv)
@@ -334,7 +371,8 @@ def parse_args(argv=None):
 def check(args):
     """Refuse what cannot work before anything is computed.  Raises UserError."""
     tasks.find_task(args.task)
-    for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size", "teacher_max_new_tokens"):
+    for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
+                 "teacher_max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
     for name in ("temperature", "weight_decay", "checkpoint_every", "eval_every", "seed"):
@@ -384,6 +422,8 @@ def main(argv=None):
             import train_loop
             args.ranks = train_loop.setup_ranks(args.device)
         run(args)
+        if args.ranks.world_size > 1:
+            train_loop.dist.destroy_process_group()
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 
-# ---------------------------------------------------------------- Files: read with an error that names file and line, written whole or not at all
+# ---------------- Files: read with an error that names the line, written whole or not at all
 
 class UserError(Exception):
     """Something the user can mend; the message is one sentence: what is wrong, where, and what to do."""
@@ -76,11 +76,11 @@ def read_jsonl(path):
 
 
 def safe_key(name):
-    """A name that becomes part of a path: `google/flan-t5-base` -> `google_flan-t5-base`.  Raises UserError for `..`, absolute paths, odd characters."""
+    """A name that becomes part of a path: google/flan-t5-base -> google_flan-t5-base.  Raises UserError for `..` and the like."""
     key = str(name).replace("/", "_")
-    if str(name).startswith("/") or ".." in key or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII) or key.startswith((".", "-")):
-        raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, '_', '-', '.' "
-                        "(120 at most, no '..', not an absolute path)")
+    if str(name).startswith(("/", ".", "-")) or ".." in key or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII):
+        raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, "
+                        "'_', '-', '.' (120 at most, no '..', not an absolute path)")
     return key
 
 
@@ -107,11 +107,6 @@ def keep_aside(path):
     print(f"what lay at {path} is kept as {aside}")
 
 
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def progress(items, what, show=True):
     """Iterate with a progress bar; without a terminal, print a line every 10 seconds instead."""
     if show and sys.stderr.isatty():
@@ -126,7 +121,7 @@ def progress(items, what, show=True):
         yield item
 
 
-# ---------------------------------------------------------------- Answer cleansing 1: the paper's rules, identical to the published evaluator on every input
+# ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -136,30 +131,20 @@ def paper_numbers(text):
     return NUMBER.findall(text.replace(",", ""))
 
 
-def paper_letters(last):
-    """Every such capital letter, even inside a word: 'Because (C)' -> ['B', 'C'] for last='E'"""
-    return re.compile(f"[A-{last}]").findall
-
-
 def paper_yes_no(text):
     """'No, it is "Yes".' -> ['no', 'yes']; 'no;' is not seen"""
     return [word for word in re.sub(r"[\"'\n.\s:,]", " ", text.lower()).split(" ") if word in ("yes", "no")]
 
 
-def paper_string(text):
-    """The whole text is the one candidate: ' "y a j o".' -> ['yajo']"""
-    return [re.sub(r"[\"'\n.\s]", "", text)]
-
-
-# ---------------------------------------------------------------- Answer cleansing 2: the flexible rules, what a careful person would read.  Readers give [(position, value)].
+# ---------------- Cleansing 2: the flexible rules, what a careful person reads; [(position, value)]
 
 # Where an answer is announced.  'So the answer (arabic numerals) is 12', 'Answer: C', '--> yes', '#### 7', '\boxed{7}'
 MARKER = re.compile(r"-->|####|\\boxed\{|\banswers?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|:|=)", re.I)
 NEXT_QUESTION = re.compile(r"\n\s{0,9}(?:Q|Question):", re.I)  # a base model may go on and ask itself the next question
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-VALUE = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}\b)?"  # -$1,234.50; 1e3
-                   r"|(?<![\w.])[-\u2212]?\$?\.\d+"                                                           # .5
-                   r"|\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)                                                    # the 4 of '3-4' or of '4x'
+VALUE = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}\b)?"  # -$1,234.5; 1e3
+                   r"|(?<![\w.])[-\u2212]?\$?\.\d+"                   # .5
+                   r"|\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)            # the 4 of '3-4' or of '4x'
 
 
 def read_numbers(text):
@@ -190,7 +175,8 @@ def read_yes_no(text):
 
 
 # "y a j o" in quotes, y-a-j-o spelled out, or a word; [^\W\d_] is a letter of any alphabet
-LETTER_RUN = re.compile(r"[\"\u201c*`]([^\"\u201d*`\n]{1,200})[\"\u201d*`]|((?<![^\W\d_])[^\W\d_](?:[ ,.-]{1,3}[^\W\d_](?![^\W\d_']))+)|([^\W\d_]+)")
+LETTER_RUN = re.compile(r"[\"\u201c*`]([^\"\u201d*`\n]{1,200})[\"\u201d*`]"
+                        r"|((?<![^\W\d_])[^\W\d_](?:[ ,.-]{1,3}[^\W\d_](?![^\W\d_']))+)|([^\W\d_]+)")
 
 
 def read_strings(text):
@@ -218,17 +204,13 @@ class Rules(NamedTuple):
     candidates: Callable          # text -> values (paper), or [(position, value)] (flexible)
     gold: Callable = str          # gold answer -> value
     same: Callable = operator.eq  # of candidate and gold
-    pick: Callable = None         # flexible: which candidate of a sentence is meant
+    pick: Callable = lambda sentence, found, announced: found[0 if announced else -1][1]  # which candidate it means (flexible)
 
 
 class Kind(NamedTuple):
     name: str
     paper: Rules
     flexible: Rules
-
-
-def pick_first(sentence, found, announced):
-    return found[0 if announced else -1][1]
 
 
 def number(text):
@@ -240,20 +222,23 @@ def near(a, b):
 
 
 def letter_kind(last):
-    return Kind(f"letter A-{last}", Rules(paper_letters(last)), Rules(read_letters(last), str.strip, pick=pick_first))
+    """The paper takes every such capital letter, even inside a word: 'Because (C)' -> ['B', 'C'] for last='E'."""
+    return Kind(f"letter A-{last}", Rules(re.compile(f"[A-{last}]").findall), Rules(read_letters(last), str.strip))
 
 
+# The paper compares some numbers as strings (18.00 is not 18), lower-cases the gold answers of one yes/no task only, and of a
+# string task takes the whole text as the one candidate (' "y a j o".' -> 'yajo').
 VALUES = Rules(read_numbers, number, near, pick_number)
-YES_OR_NO = Rules(read_yes_no, lambda gold: gold.strip().lower(), pick=pick_first)
-# the paper compares some numbers as strings, 18.00 is not 18, and lower-cases the gold answers of one yes/no task only
+YES_OR_NO = Rules(read_yes_no, lambda gold: gold.strip().lower())
 KIND_NUMBER = Kind("number", Rules(paper_numbers, lambda gold: gold.replace(",", "")), VALUES)
 KIND_FLOAT = Kind("number, by value", Rules(lambda text: [float(n) for n in paper_numbers(text)], number, near), VALUES)
 KIND_YES_NO = Kind("yes/no", Rules(paper_yes_no), YES_OR_NO)
 KIND_YES_NO_CASE = Kind("yes/no", Rules(paper_yes_no, str.lower), YES_OR_NO)
-KIND_STRING = Kind("string", Rules(paper_string), Rules(read_strings, lambda gold: "".join(filter(str.isalpha, gold)).lower(), pick=pick_string))
+KIND_STRING = Kind("string", Rules(lambda text: [re.sub(r"[\"'\n.\s]", "", text)]),
+                   Rules(read_strings, lambda gold: "".join(filter(str.isalpha, gold)).lower(), pick=pick_string))
 
 
-# ---------------------------------------------------------------- The table.  A new benchmark is one row here (its data in data/dataset/<key>.json: see data/README.md).
+# ---------------- The table.  A new benchmark is one row here (its data: data/README.md)
 
 class Task(NamedTuple):
     key: str        # names files and flags
@@ -263,7 +248,7 @@ class Task(NamedTuple):
     train: int      # sizes of the default split
     test: int
     random: float   # accuracy of a random guess, % (paper, Table 1)
-    split: str = "random"  # random: 70% by RandomState(0); ordered: the published train part, then its test part; aqua: below
+    split: str = "random"  # random: 70% by RandomState(0); ordered: published train part, then its test part; aqua: below
 
 
 TASKS = {task.key: task for task in [
@@ -288,11 +273,11 @@ def find_task(key):
     """-> the row of a task.  Raises UserError with the nearest known keys."""
     if key in TASKS:
         return TASKS[key]
-    near = difflib.get_close_matches(str(key), TASKS, 1)
-    raise UserError(f"there is no task {str(key)[:80]!r}{f' (did you mean {near[0]}?)' if near else ''}: choose from {', '.join(TASKS)}")
+    close = "".join(f" (did you mean {match}?)" for match in difflib.get_close_matches(str(key), TASKS, 1))
+    raise UserError(f"there is no task {str(key)[:80]!r}{close}: choose from {', '.join(TASKS)}")
 
 
-# ---------------------------------------------------------------- The verdict on one completion
+# ---------------- The verdict on one completion
 
 class Verdict(NamedTuple):
     prediction: object      # what was read; None: no answer
@@ -349,22 +334,25 @@ def judge(task, template, completion, answer, rules="paper"):
     except ValueError:
         raise UserError(f"the gold answer {answer!r} of {task} is not a {kind.name}") from None
     right = [reading.same(candidate, gold) for candidate in candidates]
-    return Verdict(prediction, candidates, prediction is not None and reading.same(prediction, gold), any(right), not prefix or prefix in text)
+    correct = prediction is not None and reading.same(prediction, gold)
+    return Verdict(prediction, candidates, correct, any(right), not prefix or prefix in text)
 
 
-# ---------------------------------------------------------------- Prompt and label templates (paper §3 and the published code).  A family is what a model reads: decoder, encoder_decoder,
-# or openai (the published GPT-3 fine-tuning files).  Labels of open models end with EOS, added when they are tokenized.
+# ---------------- Prompt and label templates (paper §3 and the published code)
+# A family is what a model reads: decoder, encoder_decoder, or openai (the published GPT-3 fine-tuning files).  Labels of
+# open models end with EOS, added when they are tokenized.
 
 FAMILIES = ("decoder", "encoder_decoder", "openai")
+ZERO = "Q: {q}\n\nA:"
 COT = "Q: {q}\nA: Let's think step by step."
 COT_ANSWER = "\nTherefore, the answer is"  # step 2 of Zero-shot-CoT: step 1 + its completion + this
 GPT3 = "{q}\n\n###\n\n"
 TEMPLATES = {  # prediction_template: {family: (prompt, label)}
-    "zs":             {"decoder": ("Q: {q}\n\nA:", ""), "encoder_decoder": ("question: {q}", ""), "openai": ("Q: {q}\n\nA:", "")},
+    "zs":             {"decoder": (ZERO, ""), "encoder_decoder": ("question: {q}", ""), "openai": (ZERO, "")},
     "zs_cot":         {family: (COT, "") for family in FAMILIES},
     "fs_cot":         {family: ("{examples}\nQ: {q}\nA:", "") for family in FAMILIES},
     "ft_token":       {"decoder": ("{q} ###", " {a}"), "encoder_decoder": ("{q}", "{a}"), "openai": (GPT3, " {a} END")},
-    "ft_natural":     {"decoder": ("Q: {q}\n\nA:", " {a}"), "encoder_decoder": ("Q: {q}", "{a}")},
+    "ft_natural":     {"decoder": (ZERO, " {a}"), "encoder_decoder": ("Q: {q}", "{a}")},
     "ft_cot_token":   {"decoder": ("{q} ###", " {r} --> {a}"), "encoder_decoder": ("{q}", "{r} --> {a}"),
                        "openai": (GPT3, " {r}\n\n-->\n\n{a} END")},
     "ft_cot_natural": {"decoder": ("Q: {q}\n\nA: Let's think step by step.\n\n", " {r}\n\nTherefore, the answer is {a}")},
@@ -374,19 +362,20 @@ TEMPLATES = {  # prediction_template: {family: (prompt, label)}
 def format_sample(template, family, question, rationale="", answer="", examples=""):
     """-> (prompt, label) of one sample, all parts stripped.  Raises UserError where the family has no such template."""
     if family not in TEMPLATES.get(template, {}):
-        raise UserError(f"there is no template {template!r} for {family} students: choose from {', '.join(t for t in TEMPLATES if family in TEMPLATES[t])}")
+        known = ", ".join(name for name in TEMPLATES if family in TEMPLATES[name])
+        raise UserError(f"there is no template {template!r} for {family} students: choose from {known}")
     prompt, label = TEMPLATES[template][family]
     parts = {"q": question.strip(), "r": rationale.strip(), "a": answer.strip(), "examples": examples.strip()}
     return prompt.format(**parts), label.format(**parts)
 
 
 def encode_prompt(tokenizer, family, prompt):
-    """-> token ids of a prompt, with what the model's tokenizer puts first; a decoder's prompt is to be continued, so no EOS."""
+    """-> token ids of a prompt, with what the tokenizer puts first; a decoder's prompt is to be continued, so no EOS."""
     ids = tokenizer(prompt)["input_ids"]
     return ids[:-1] if family == "decoder" and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-# ---------------------------------------------------------------- Loading and splits
+# ---------------- Loading and splits
 
 def load(task, data_dir="data"):
     """-> list of {"sample_index", "question", "answer", "rationale"?} of a prepared benchmark, or of the toy task.
@@ -395,18 +384,19 @@ def load(task, data_dir="data"):
     row = find_task(task)
     if row.key == "toy":
         return toy_samples(row.n)
-    path = Path(data_dir) / "dataset" / f"{row.key}.json"
+    path, remedy = Path(data_dir) / "dataset" / f"{row.key}.json", f"make it with `python data/prepare.py {row.key}`"
     if not path.exists():
-        raise UserError(f"{path} is missing: make it with `python data/prepare.py {row.key}`")
+        raise UserError(f"{path} is missing: {remedy}")
     content = read_json(path)
-    samples = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(samples, list) or not samples:
-        raise UserError(f'{path} is not a dataset: it needs {{"metadata": ..., "data": [samples]}}; make it again with `python data/prepare.py {row.key}`')
-    if content.get("metadata", {}).get("dataset_key", row.key) != row.key:
-        raise UserError(f"{path} holds the task {content['metadata']['dataset_key']!r}, not {row.key!r}: make it again with `python data/prepare.py {row.key}`")
+    metadata, samples = (content.get(k) if isinstance(content, dict) else None for k in ("metadata", "data"))
+    if not isinstance(samples, list) or not samples or not isinstance(metadata, dict):
+        raise UserError(f'{path} is not a dataset, {{"metadata": {{...}}, "data": [samples]}}: {remedy}')
+    if metadata.get("dataset_key", row.key) != row.key:
+        raise UserError(f"{path} holds the task {metadata['dataset_key']!r}, not {row.key!r}: {remedy}")
     for i, sample in enumerate(samples):
-        if not isinstance(sample, dict) or sample.get("sample_index") != i or not all(isinstance(sample.get(k), str) for k in ("question", "answer")):
-            raise UserError(f"{path}: sample {i} needs sample_index {i}, a question and an answer; make it again with `python data/prepare.py {row.key}`")
+        texts = [sample.get(k) for k in ("question", "answer")] if isinstance(sample, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or sample.get("sample_index") != i:
+            raise UserError(f"{path}: sample {i} needs sample_index {i}, a question and an answer: {remedy}")
     return samples
 
 
@@ -425,19 +415,19 @@ def default_split(task, n=None):
 
 
 def load_split(task, split="default", data_dir="data"):
-    """-> (train indices, test indices) of `default`, `template`, or `few_shot_8` / `_32` / `_128` (a part of default's train)."""
+    """-> (train indices, test indices) of `default`, `template`, or `few_shot_8`, `_32`, `_128` (a part of default's train)."""
     row = find_task(task)
     few_shot = re.fullmatch(r"few_shot_(\d{1,6})", split)
     path = Path(data_dir) / "split" / f"{row.key}__{'default' if few_shot else safe_key(split)}.json"
     if row.key == "toy" and path.stem.endswith("__default"):
         train, test = default_split("toy")
     elif not path.exists():
-        raise UserError(f"{path} is missing: make it with `python data/prepare.py {row.key}` (splits: default; template for multiarith "
-                        "and date_understanding; few_shot_8, few_shot_32, few_shot_128)")
+        raise UserError(f"{path} is missing: make it with `python data/prepare.py {row.key}` (splits: default; template for "
+                        "multiarith and date_understanding; few_shot_8, few_shot_32, few_shot_128)")
     else:
         content = read_json(path)
-        train, test = (content.get(part) if isinstance(content, dict) else None for part in ("train", "test"))
-        if not all(isinstance(part, list) and all(type(i) is int for i in part) for part in (train, test)) or set(train) & set(test):
+        train, test = parts = [content.get(part) if isinstance(content, dict) else None for part in ("train", "test")]
+        if not all(isinstance(part, list) and all(type(i) is int for i in part) for part in parts) or set(train) & set(test):
             raise UserError(f'{path} is not a split: it needs {{"train": [indices], "test": [indices]}} that share none')
     if few_shot:  # paper §5: fine-tuning on 8, 32 and 128 samples
         import numpy as np
@@ -456,8 +446,9 @@ def few_shot_examples(task, data_dir="data"):
     return prompts[task]["prompt"]
 
 
-# ---------------------------------------------------------------- The toy task: who flips, who keeps, and is the coin still heads up?  Five coin states in a row are hard to see at once
-# and easy one at a time, so rationales help a tiny student; without them it stays at chance.
+# ---------------- The toy task: who flips, who keeps, and is the coin still heads up?
+# Five coin states in a row are hard to see at once and easy one at a time, so rationales help a tiny student; without them
+# it stays at chance.
 
 SIDES = {True: "heads", False: "tails"}
 NAMES = "Ann Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mia Nils Olga Paul".split()
@@ -469,7 +460,8 @@ def toy_samples(n, people=5):
     samples = []
     for i in range(n):
         steps = [(name, rng.choice(("flips", "keeps"))) for name in rng.sample(NAMES, people)]
-        question = " ".join(["A coin is heads up.", *(f"{name} {verb} the coin." for name, verb in steps), "Is the coin still heads up?"])
+        told = " ".join(f"{name} {verb} the coin." for name, verb in steps)
+        question = f"A coin is heads up. {told} Is the coin still heads up?"
         flips = sum(verb == "flips" for _, verb in steps)
         samples.append({"sample_index": i, "question": question, "answer": "no" if flips % 2 else "yes"})
     return samples

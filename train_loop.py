@@ -25,11 +25,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks import (TOY_VOCABULARY, UserError, encode_prompt, fingerprint, is_current, keep_aside, progress, read_json, read_jsonl, write_json,
-                   write_whole)
+from tasks import (TOY_VOCABULARY, UserError, encode_prompt, fingerprint, is_current, keep_aside, progress, read_json, read_jsonl,
+                   write_json, write_whole)
 
 
-# ---------------------------------------------------------------- Ranks
+# ---------------- Ranks
 
 class Ranks(NamedTuple):
     rank: int          # this process, 0 .. world_size - 1
@@ -54,7 +54,7 @@ def setup_ranks(device=None):
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if cuda else "cpu"))
 
 
-# ---------------------------------------------------------------- The toy student: nothing to download
+# ---------------- The toy student: nothing to download
 
 def make_toy_student(folder, seed):
     """Save a 2-layer, 128-wide GPT-2 with random weights, and a word-level tokenizer that knows the toy task's words."""
@@ -75,7 +75,7 @@ def make_toy_student(folder, seed):
     fast.save_pretrained(folder)
 
 
-# ---------------------------------------------------------------- Samples -> batches
+# ---------------- Samples -> batches
 
 class Sample(NamedTuple):
     sample_index: int
@@ -139,7 +139,7 @@ def collate(samples, family, pad_id, start_id):
     return inputs, pad([[1] * len(s.label) for s in samples], 0).bool(), targets
 
 
-# ---------------------------------------------------------------- One optimizer step
+# ---------------- One optimizer step
 
 def label_logits(model, inputs, keep):
     """(N, V) logits at the positions that keep (B, T) marks.
@@ -189,20 +189,21 @@ def optimizer_step(model, optimizer, scaler, batch, step, args, collate_argument
     return total.item()  # the one point where the CPU waits for a GPU
 
 
-# ---------------------------------------------------------------- What goes in: a fine-tuning file, a student, a folder to write to
+# ---------------- What goes in: a fine-tuning file, a student, a folder to write to
 
 def read_finetune_data(path):
     """-> {"sample_index", "input", "label": lists of equal length} of a fine-tuning file, JSON or the openai JSON lines."""
     if Path(path).suffix == ".jsonl":
         rows = read_jsonl(path)
         data = {"sample_index": list(range(len(rows)))}
-        data |= {new: [row.get(old) if isinstance(row, dict) else None for row in rows] for new, old in (("input", "prompt"), ("label", "completion"))}
+        for ours, theirs in (("input", "prompt"), ("label", "completion")):
+            data[ours] = [row.get(theirs) if isinstance(row, dict) else None for row in rows]
     else:
         data = read_json(path)
     columns = [data.get(k) if isinstance(data, dict) else None for k in ("sample_index", "input", "label")]
     if not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) != 1 \
             or not all(isinstance(text, str) for c in columns[1:] for text in c):
-        raise UserError(f'{path} is not a fine-tuning file: it needs {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
+        raise UserError(f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
     if not columns[0]:
         raise UserError(f"{path} holds no sample: there is nothing to train on")
     return dict(zip(("sample_index", "input", "label"), columns))
@@ -222,7 +223,7 @@ def model_fingerprint(name):
 
 
 def claim_student_folder(out, settings):
-    """Ready the folder of a student: -> True if it is finished; another run's student is kept aside, a stranger's folder refused."""
+    """Ready the folder of a student; -> True if it is finished.  Another run's student is kept aside, a stranger's folder refused."""
     note = read_json(out / "run.json") if (out / "run.json").exists() else None
     if note is None and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run of this program: choose another --out")
@@ -236,13 +237,12 @@ def claim_student_folder(out, settings):
     return False
 
 
-# ---------------------------------------------------------------- What is kept: checkpoint.pt (to resume), log.jsonl, and the student at the end
+# ---------------- What is kept: checkpoint.pt (to resume), log.jsonl, and the student at the end
 
-def save_checkpoint(path, model, optimizer, scaler, epoch, step, settings):
-    """Weights, optimizer, scaler, position and the settings that made them, in one file that is swapped in whole.
+def save_checkpoint(path, model, optimizer, scaler, epoch, step):
+    """Weights, optimizer, scaler and position, in one file that is swapped in whole.
     There is no random state to keep: order and dropout are functions of seed, epoch and step."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "epoch": epoch, "step": step, "settings": json.dumps(settings, sort_keys=True)}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": epoch, "step": step}
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -297,7 +297,7 @@ def save_student(model, tokenizer, out, settings):
     (out / "checkpoint.pt").unlink(missing_ok=True)  # three times the weights, and no longer needed
 
 
-# ---------------------------------------------------------------- The loop
+# ---------------- The loop
 
 def train(model, tokenizer, family, data, out, args, settings, ranks):
     """Fine-tune model on data; yield after each epoch (1, 2, ...; on resuming, first the epoch reached); save to out.
@@ -309,10 +309,11 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     samples, dropped = encode(tokenizer, family, data, args.max_length, getattr(model.config, "max_position_embeddings", None))
     say = print if ranks.is_master else (lambda *_, **__: None)
     if dropped:
-        say(f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than the model): "
-            f"sample_index {', '.join(map(str, dropped[:10]))}{', ...' if len(dropped) > 10 else ''}")
+        say(f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than the "
+            f"model): sample_index {', '.join(map(str, dropped[:10]))}{', ...' if len(dropped) > 10 else ''}")
     if not samples:
-        raise UserError(f"no sample is left to train on: all {len(dropped)} exceed {args.max_length} tokens or the model's positions; raise --max_length")
+        raise UserError(f"no sample is left to train on: all {len(dropped)} exceed {args.max_length} tokens or the model's positions; "
+                        "raise --max_length")
 
     start_id = model.config.decoder_start_token_id if family == "encoder_decoder" else None
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # masked, so any id will do
@@ -320,7 +321,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     model.to(ranks.device).train()
     if args.precision == "tf32":
         torch.set_float32_matmul_precision("high")
-    autocast = {"dtype": torch.float16 if args.precision == "fp16" else torch.bfloat16, "enabled": args.precision in ("bf16", "fp16")}
+    half = torch.float16 if args.precision == "fp16" else torch.bfloat16
+    autocast = {"dtype": half, "enabled": args.precision in ("bf16", "fp16")}
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.precision == "fp16")  # disabled, it passes everything through
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
 
@@ -345,8 +347,9 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
             step, batch = step + 1, [samples[i] for i in positions]
             loss = optimizer_step(parallel, optimizer, scaler, batch, step, args, collate_arguments, ranks, autocast)
             if not math.isfinite(loss) and not scaler.is_enabled():
-                raise UserError(f"the loss is {loss} at step {step} (epoch {epoch}, sample_index {', '.join(str(s.sample_index) for s in batch)}): "
-                                "lower --lr or use --precision bf16 or fp32; the last checkpoint is kept")
+                raise UserError(f"the loss is {loss} at step {step} (epoch {epoch}, sample_index "
+                                f"{', '.join(str(s.sample_index) for s in batch)}): lower --lr or use --precision bf16 or fp32; "
+                                "the last checkpoint is kept")
             losses.append((loss, sum(len(s.label) for s in batch)))
             tokens += sum(len(s.prompt) + len(s.label) for s in batch)
             if ranks.is_master:
@@ -356,8 +359,11 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         if ranks.is_master:
             log(log_path, epoch=epoch, step=step, epoch_loss=epoch_loss, tokens=tokens, seconds=round(seconds, 3))
             if args.checkpoint_every and epoch % args.checkpoint_every == 0 and epoch < args.epochs:
-                save_checkpoint(checkpoint, model, optimizer, scaler, epoch, step, settings)
+                save_checkpoint(checkpoint, model, optimizer, scaler, epoch, step)
             if epoch == args.epochs:
                 save_student(model, tokenizer, out, settings)
-        say(f"epoch {epoch:3d}/{args.epochs}  step {step:6d}  loss {epoch_loss:.4f}  {tokens / seconds:7.0f} tokens/s  {seconds:6.1f} s", flush=True)
+        if ranks.world_size > 1:
+            dist.barrier()  # what rank 0 wrote, all may read from here on
+        say(f"epoch {epoch:3d}/{args.epochs}  step {step:6d}  loss {epoch_loss:.4f}  {tokens / seconds:7.0f} tokens/s  "
+            f"{seconds:6.1f} s", flush=True)
         yield epoch

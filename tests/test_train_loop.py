@@ -206,17 +206,16 @@ def step_losses(out):
     return [r["loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in r]
 
 
-@pytest.mark.parametrize("kind, ranks", [("llama", 2), ("t5", 2), ("gpt2", 3)])
+@pytest.mark.parametrize("kind, ranks", [("llama", 2), ("t5", 3)])
 def test_torchrun_gives_the_losses_of_one_process(kind, ranks, tmp_path, model_folder):
     data = tmp_path / "data.json"
-    data.write_text(json.dumps(toy_data(19)))  # the last batch has 3 samples: one a rank, or none for some
-    process = torchrun(ranks, model_folder(kind), data, tmp_path / "ranks", "--epochs", 2, "--batch_size", 8)
+    data.write_text(json.dumps(toy_data(18)))  # the last batch has 2 samples: with 3 ranks, one has none
+    process = torchrun(ranks, model_folder(kind), data, tmp_path / "ranks", "--epochs", 7, "--batch_size", 8)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    model = tiny_model(kind)
-    (tmp_path / "one").mkdir()
-    train_all(model, tiny_tokenizer(bos=kind == "llama"), tmp_path / "one", toy_data(19), lr=3e-4)
-    assert step_losses(tmp_path / "ranks") == pytest.approx(step_losses(tmp_path / "one"), rel=1e-5)
+    train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path / "one", toy_data(18), lr=3e-4, epochs=7)
+    one, many = step_losses(tmp_path / "one"), step_losses(tmp_path / "ranks")
+    assert len(one) == 21 and many == pytest.approx(one, rel=1e-5)
     assert output.count("batch 8 =") == 1  # only one rank talks
 
 
