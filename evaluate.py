@@ -4,14 +4,12 @@
     python evaluate.py score saved/completion_data/*/*.json [--part train|test|all] [--json]
     python evaluate.py table [--saved saved]
 
-A completion dataset is one file: a model and a prompting method, on the samples of a task.  Every score is recomputed
-from its text, so rules can change after the GPU time is spent.  Only `generate` imports torch.
+A completion dataset is one file: a model and a prompting method, on the samples of a task.  Only `generate` imports torch.
 """
 import argparse
 import csv
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -30,6 +28,7 @@ def load_model(name, dtype="float32"):
 
     Raises UserError where the folder is not a model, has no tokenizer, or the name cannot be downloaded."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -44,11 +43,13 @@ def load_model(name, dtype="float32"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:  # of from_pretrained, for files missing, torn or foreign
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as e:  # files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token, so a student could never stop: set eos_token")
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        raise UserError(f"the config of {name} has no decoder_start_token_id, so its decoder has no first token: set it")
     return model, tokenizer, "encoder_decoder" if config.is_encoder_decoder else "decoder"
 
 
@@ -82,6 +83,8 @@ def prefill(model, family, prompts, pad_id, device):
     else:
         state = {"attention_mask": mask}
         output = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise UserError(f"models of type {model.config.model_type} keep no key-value cache, so they cannot be decoded here")
     return output.logits[:, -1], state | {"past_key_values": output.past_key_values}
 
 
@@ -103,7 +106,7 @@ def drop_rows(state, rows):
     state["attention_mask"] = state["attention_mask"][rows]
     if "encoder_outputs" in state:
         state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
-    state["past_key_values"].batch_select_indices(rows)
+    state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
 
 
 def decode_batch(model, tokenizer, family, prompts, limits, temperature, stop, generators):
@@ -137,25 +140,29 @@ def decode_batch(model, tokenizer, family, prompts, limits, temperature, stop, g
         logits = next_logits(model, family, picked, state)
 
 
-def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=32, seed=0):
+def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=32, seed=0,
+             refuse_long=True):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
 
-    Prompts are decoded longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number
-    alone.  Under torchrun every rank decodes its share and all return everything.  Raises UserError for a prompt that is
-    empty or leaves no room in the model's positions."""
+    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun
+    each rank decodes its share and all return everything.  Raises UserError for a prompt that is empty or leaves no room in
+    the model's positions; without refuse_long the latter gets an empty completion, "length"."""
     import torch
     import torch.distributed as dist
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    positions = getattr(model.config, "max_position_embeddings", None) if family == "decoder" else None
+    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0) if family == "decoder" else 0  # 0: no bound
+    too_long = {i for i, row in enumerate(ids) if positions and len(row) >= positions}
     for i, row in enumerate(ids):
-        if not row or positions and len(row) >= positions:
+        if not row or i in too_long and refuse_long:
             raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
     limits = [min(limit, positions - len(row)) if positions else limit for limit, row in zip(limits, ids)]
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    rows = sorted(((i, k) for i in range(len(prompts)) for k in range(n)), key=lambda row: -len(ids[row[0]]))[rank::ranks]
+    if too_long and rank == 0:
+        print(f"{len(too_long)} of {len(prompts)} prompts leave no room in the model's {positions} positions: no answer to these")
+    rows = [(i, k) for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])) if i not in too_long for k in range(n)][rank::ranks]
     batches = [rows[b:b + batch_size] for b in range(0, len(rows), batch_size)]
-    done, was_training = {}, model.training
+    done, was_training = {(i, k): ("", "length") for i in too_long for k in range(n)}, model.training
     model.eval()
     with torch.inference_mode():
         for batch in tasks.progress(batches, "decoding", show=rank == 0):
@@ -172,6 +179,16 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
 
 
 # ---------------- Completion datasets
+
+def few_shot_examples(task, data_dir="data"):
+    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
+    path = Path(data_dir) / "few_shot_cot_prompts.json"
+    prompt = tasks.read_json(path).get(task) if path.exists() else None
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+        raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
+                        "(there is none for tracking_shuffled_objects)")
+    return prompt["prompt"]
+
 
 def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
     """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
@@ -192,6 +209,8 @@ def make_completions(complete, samples, method, family, template, degree=1, temp
     return data
 
 
+METADATA_TYPES = {"dataset_key": str, "epoch": int | None} | {k: str | None for k in (
+    "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
 ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
              "reasoning_completion": str | None}
 
@@ -201,9 +220,12 @@ def read_completions(path, task=None):
 
     Raises UserError where it is not one, is another task's, or holds a completion twice."""
     content = tasks.read_json(path)
-    metadata, data = (content.get(k) if isinstance(content, dict) else None for k in ("metadata", "data"))
+    metadata, data = content.get("metadata"), content.get("data")
     if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
         raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
+    for k, kind in METADATA_TYPES.items():
+        if not isinstance(metadata.get(k), kind):
+            raise UserError(f"{path}: {k} in its metadata is {metadata.get(k)!r}, which it cannot be: mend it")
     key = tasks.find_task(metadata["dataset_key"]).key
     if task and key != task:
         raise UserError(f"{path} holds completions of the task {key}, not {task}")
@@ -226,11 +248,18 @@ def read_completions(path, task=None):
 
 def wilson(correct, n, z=1.959964):
     """-> (low, high): the 95% Wilson score interval of a share, in percent; honest at 0% and 100% too."""
-    if not n:
-        return 0.0, 100.0
     share, z2 = correct / n, z * z / n
     middle, half = share + z2 / 2, z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
     return 100 * max(0.0, middle - half) / (1 + z2), 100 * min(1 + z2, middle + half) / (1 + z2)
+
+
+def check_rows(path, rows, task, samples, data_dir):
+    """Raise UserError for a completion that is not of these samples: foreign, or with another question or gold answer."""
+    for row in rows:
+        i = row["sample_index"]
+        if not 0 <= i < len(samples) or any(row[k].strip() != samples[i][k].strip() for k in ("question", "answer")):
+            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): "
+                            "the file was made from other data")
 
 
 def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
@@ -240,11 +269,7 @@ def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
         return rows  # nothing to check against: the rows carry their gold answers
     samples = tasks.load(task, data_dir)
     wanted = range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[("train", "test").index(part)]
-    for row in rows:
-        i = row["sample_index"]
-        if not 0 <= i < len(samples) or any(row[k].strip() != samples[i][k].strip() for k in ("question", "answer")):
-            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): "
-                            "the file was made from other data")
+    check_rows(path, rows, task, samples, data_dir)
     missing = sorted(set(wanted) - {row["sample_index"] for row in rows})
     if missing and not allow_partial:
         raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
@@ -289,6 +314,8 @@ def print_scores(scores):
 
 def paper_value(results, score):
     """-> the published accuracy of the same model, method and task, or None."""
+    if score["split"] != "default" or not re.fullmatch(r"(?:(?:ft|ft_cot)(?:_\d+aug)?)?", score["train_key"] or ""):
+        return None  # another split, template, seed: not the paper's cell
     model, method = re.sub(r"^google[_/]", "", score["model"] or ""), score["method"]
     is_teacher = model.startswith("text-davinci")
     if not is_teacher:
@@ -315,7 +342,7 @@ def collect(saved, data_dir, rules="paper", allow_partial=False):
     table, skipped = {}, []
     for path in sorted(Path(saved, "completion_data").glob("B_*/*.json")):
         try:
-            metadata, rows = read_completions(path)
+            metadata, _ = read_completions(path)
             is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
             part, split = "test" if is_student else "all", metadata.get("split") or "default"
             s = score(path, part, split, data_dir, rules, allow_partial)
@@ -323,12 +350,10 @@ def collect(saved, data_dir, rules="paper", allow_partial=False):
             skipped.append(str(e))
             continue
         label = s["train_key"] or s["method"] or "?"
-        cells = [(label, lambda old: s["epoch"] > old["epoch"])]
-        if s["epoch"] is not None:
-            cells.append((label + ", best test epoch", lambda old: s["accuracy"] > old["accuracy"]))
-        for row, better in cells:
+        rows = {label: "epoch"} | ({label + ", best test epoch": "accuracy"} if s["epoch"] is not None else {})
+        for row, measure in rows.items():
             old = table.setdefault((s["model"] or "?", row), {}).get(s["task"])
-            if old is None or s["epoch"] is not None and better(old):
+            if old is None or (s[measure] or 0) > (old[measure] or 0):
                 table[s["model"] or "?", row][s["task"]] = s
     return table, skipped
 
@@ -391,14 +416,24 @@ def read_prompts(path, max_new_tokens):
     return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]
 
 
-def run_generate(args):
+def find_device(name):
+    """-> torch.device; cuda if there is one and none is named.  Raises UserError where it is not to be had."""
     import torch
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:  # what torch raises for a name or a device that is not there
+        raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0][:120]}") from None
+    return device
+
+
+def run_generate(args):
+    if args.batch_size < 1 or not 0 <= args.temperature < 100 or args.max_new_tokens < 1 or "" in (args.stop or []):
+        raise UserError("--batch_size and --max_new_tokens must be 1 or more, --temperature from 0 to 100, --stop not empty")
     rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
     dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
     model, tokenizer, family = load_model(args.model, dtype)
-    if args.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(find_device(args.device))
     done = generate(model, tokenizer, family, prompts, limits, args.temperature, 1, args.stop, args.batch_size, args.seed)
     tasks.write_whole(args.out, "".join(json.dumps({**row, **one}) + "\n" for row, [one] in zip(rows, done)))
     print(f"wrote {len(rows)} completions to {args.out}")
@@ -431,7 +466,7 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default, as in the paper)")
     g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
     g.add_argument("--batch_size", type=int, default=32, help="rows decoded at once (default 32); more is faster and takes more memory")
-    g.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
+    g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     s = commands.add_parser("score", help="score completion files")

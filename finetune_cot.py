@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -95,7 +96,7 @@ def local_complete(args, model, tokenizer, family):
     model.to(args.ranks.device)
     def complete(prompts, n, temperature, max_new_tokens, stop):
         return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop,
-                                 args.eval_batch_size, args.seed)
+                                 args.eval_batch_size, args.seed, refuse_long=False)
     return complete
 
 
@@ -112,6 +113,13 @@ def is_made(stage, args, path, settings):
     return path.exists() and tasks.is_current(stage, path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)
 
 
+def write_completions(path, metadata, data):
+    """Completions cost GPU hours or money: those made with other settings are kept aside."""
+    if path.exists():
+        tasks.keep_aside(path)
+    tasks.write_json(path, {"metadata": metadata, "data": data})
+
+
 def sample(args):
     """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published."""
     path = teacher_file(args)
@@ -126,13 +134,13 @@ def sample(args):
                 "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": tasks.fingerprint(samples)}
     if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
-    examples = tasks.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
+    examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
     data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
                                      args.temperature, args.teacher_max_new_tokens, examples)
     metadata = {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
                 "train_key": None, "epoch": None, "prediction_template": args.teacher_method, "settings": settings}
     if args.ranks.is_master:
-        tasks.write_json(path, {"metadata": metadata, "data": data})
+        write_completions(path, metadata, data)
         print(f"sample: {len(samples)} questions x {args.degree} rationales -> {path}")
     return path
 
@@ -141,8 +149,8 @@ def sample(args):
 
 def family_of(args):
     """What the student reads: decoder, encoder_decoder or openai files.  From its config, or, of a hub name, by the name."""
-    if args.label_style == "gpt3":
-        return "openai"
+    if args.label_style == "gpt3" or args.family:
+        return args.family or "openai"
     config = Path(args.student) / "config.json"
     if config.is_file():
         return "encoder_decoder" if tasks.read_json(config).get("is_encoder_decoder") else "decoder"
@@ -163,10 +171,11 @@ def rationale_of(row):
 def correct_rationales(args, path, train):
     """-> (rows kept, rows looked at): completions 0 .. degree-1 of the training samples, and those whose answer is right."""
     metadata, rows = evaluate.read_completions(path, args.task)
-    rows = [row for row in rows if row["sample_index"] in set(train) and row["completion_index"] < args.degree]
-    missing = set(train) - {row["sample_index"] for row in rows}
-    if missing:
-        print(f"curate: {path} has no completion for {len(missing)} of {len(train)} training samples")
+    evaluate.check_rows(path, rows, args.task, tasks.load(args.task, args.data), args.data)
+    wanted = set(train)
+    rows = [row for row in rows if row["sample_index"] in wanted and row["completion_index"] < args.degree]
+    if len(rows) < len(train) * args.degree:
+        print(f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}")
     template = metadata.get("prediction_template")
     right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], args.rules).correct]
     kept = [row for row in right if rationale_of(row).strip()]
@@ -177,38 +186,45 @@ def correct_rationales(args, path, train):
     return kept, rows
 
 
-def curate(args, method):
-    """Write the fine-tuning file of a method: ft: every training question with its gold answer; ft_cot: the correct
-    rationales, each with the *gold* answer.  -> its path.  Beside it stands what it was made from."""
-    family = family_of(args)
-    path = finetune_path(args, method, family)
-    made_from = path.with_suffix(".made_from.json")
+def curation(args, method):
+    """-> (path of the fine-tuning file, the settings it is to be made with, training indices)."""
+    family, template, completions = family_of(args), label_template(args, method), teacher_file(args)
     train, _ = tasks.load_split(args.task, args.split, args.data)
-    completions = teacher_file(args)
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
-    samples = tasks.load(args.task, args.data) if method == "ft" else None
-    source = tasks.fingerprint(samples) if method == "ft" else file_sha256(completions)
-    template = label_template(args, method)
+    source = tasks.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else file_sha256(completions)
     settings = {"source": source, "split": args.split, "train": tasks.fingerprint(train), "template": template, "family": family}
     settings |= {"teacher": args.teacher, "degree": args.degree, "rules": args.rules} if method == "ft_cot" else {}
+    return finetune_path(args, method, family), settings, train
+
+
+def curate(args, method, write=True):
+    """Write the fine-tuning file of a method: ft: every training question with its gold answer; ft_cot: the correct
+    rationales, each with the *gold* answer.  -> its path.  Beside it stands what it was made from.
+    With write=False, raise UserError instead where the file is missing or was made with other settings."""
+    path, settings, train = curation(args, method)
+    made_from = path.with_suffix(".made_from.json")
     note = tasks.read_json(made_from) if path.exists() and made_from.exists() else {}
     unchanged = bool(note) and note.get("sha256") == file_sha256(path)
     if unchanged and tasks.is_current("curate", path, note.get("settings"), settings):
         return path
+    if not write:
+        raise UserError(f"the fine-tuning file {path} is missing or was made with other settings: make it with --stage curate")
     if method == "ft":
+        samples = tasks.load(args.task, args.data)
         kept = total = [samples[i] for i in train]
     else:
-        kept, total = correct_rationales(args, completions, train)
+        kept, total = correct_rationales(args, teacher_file(args), train)
     rationales = [rationale_of(row) if method == "ft_cot" else "" for row in kept]
+    template, family = settings["template"], settings["family"]
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
     if family == "openai":  # byte for byte the published files: no newline at the end
         text = "\n".join(json.dumps({"prompt": prompt, "completion": label}) for prompt, label in pairs)
     else:
         inputs, labels = zip(*pairs)
         text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
-    if path.exists() and not unchanged and path.read_text() != text:  # not ours, or edited by hand
+    if path.exists() and not unchanged and path.read_bytes() != text.encode():  # not ours, or edited by hand
         tasks.keep_aside(path)
     made_from.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
     tasks.write_whole(path, text)
@@ -226,7 +242,7 @@ def student_source(args):
         return args.student
     import train_loop
     folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
-    if args.ranks.is_master and not (folder / "model.safetensors").exists():
+    if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
         train_loop.make_toy_student(folder, args.seed)
     on_master(args, lambda: None)  # the other ranks wait here
     return str(folder)
@@ -239,11 +255,17 @@ def train(args, method, data_file):
     out, source = student_path(args, method), student_source(args)
     settings = {"student": train_loop.model_fingerprint(source), "finetune_data": file_sha256(data_file)}
     settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length")}
-    if on_master(args, lambda: train_loop.claim_student_folder(out, settings)):
+    if Path(source).resolve() == out.resolve():
+        raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
+    state = on_master(args, lambda: train_loop.claim_student_folder(out, settings))
+    if state == "finished":
         return out
+    if state == "new" and not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
+        for old in test_file(args, method, 0).parent.glob(f"D_{args.task}__T_{train_key(args, method)}__E_*.json"):
+            tasks.keep_aside(old)
     model, tokenizer, family = evaluate.load_model(source)
     if f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}" in Path(data_file).parts:
-        raise UserError(f"{data_file} is not for {family} students like {args.student}: curate again with this --student")
+        raise UserError(f"{data_file} is not for {family} students like {args.student}: curate again with --family {family}")
     print_once(args, f"train: {method} on {data_file} -> {out}")
     for epoch in train_loop.train(model, tokenizer, family, data, out, args, settings, args.ranks):
         if args.eval_every and epoch % args.eval_every == 0:
@@ -255,18 +277,23 @@ def train(args, method, data_file):
 
 # ---------------- 4. Evaluate on the test questions (paper §4)
 
+def test_file(args, method, epoch):
+    """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
+    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method in FINE_TUNED else [f"S_{args.split}"]
+    return completion_path(args.saved, base_model(args.student), method, args.task, *parts)
+
+
 def test(args, method, model, tokenizer, family, epoch, made_by):
     """Write the completion dataset of a student on the test part, unless it is there; -> its score."""
     template = label_template(args, method) if method in FINE_TUNED else method
-    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method in FINE_TUNED else []
-    path = completion_path(args.saved, base_model(args.student), method, args.task, *parts)
+    path = test_file(args, method, epoch)
     samples = tasks.load(args.task, args.data)
     _, indices = tasks.load_split(args.task, args.split, args.data)
     samples = [samples[i] for i in indices]
     settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
                 "samples": tasks.fingerprint(samples)}
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
-        examples = tasks.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
+        examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
         complete, start = local_complete(args, model, tokenizer, family), time.perf_counter()
         data = evaluate.make_completions(complete, samples, method, family, template, 1, 0.0, args.max_new_tokens, examples)
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
@@ -275,7 +302,7 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
                     "prediction_template": template, "split": args.split, "part": "test", "settings": settings,
                     "seconds": round(time.perf_counter() - start, 1)}
         if args.ranks.is_master:
-            tasks.write_json(path, {"metadata": metadata, "data": data})
+            write_completions(path, metadata, data)
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
     print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
                      f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")
@@ -289,9 +316,10 @@ def test_finished(args, method, out):
         source = student_source(args)
         return test(args, method, *evaluate.load_model(source), None, train_loop.model_fingerprint(source))
     note = tasks.read_json(out / "run.json") if (out / "run.json").exists() else {}
-    if not note.get("finished"):
+    if not note.get("finished") or not isinstance(note.get("settings"), dict):
         raise UserError(f"there is no finished student in {out}: run --stage train")
-    return test(args, method, *evaluate.load_model(str(out)), note["settings"]["epochs"], tasks.fingerprint(note["settings"]))
+    epoch = note["settings"].get("epochs", args.epochs)
+    return test(args, method, *evaluate.load_model(str(out)), epoch, tasks.fingerprint(note["settings"]))
 
 
 # ---------------- Ranks: files are decided on and written by rank 0 alone
@@ -354,6 +382,7 @@ def parse_args(argv=None):
     training.add_argument("--max_length", type=int, default=512,
                           help="tokens of input and of label; longer samples are dropped (default 512, the paper's)")
     training.add_argument("--checkpoint_every", type=int, default=1, help="epochs between checkpoints to resume from (default 1; 0 never)")
+    training.add_argument("--family", choices=["decoder", "encoder_decoder"], help="of a student by hub name (default: by its name)")
     training.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     evaluating = parser.add_argument_group("evaluation")
     evaluating.add_argument("--eval_every", type=int, default=0,
@@ -364,29 +393,33 @@ def parse_args(argv=None):
     for name, value in DEFAULTS["toy" if args.task == "toy" and not args.finetune_data else "paper"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.micro_batch_size = args.micro_batch_size or args.batch_size
+    if args.micro_batch_size is None:
+        args.micro_batch_size = args.batch_size
     return args
 
 
 def check(args):
     """Refuse what cannot work before anything is computed.  Raises UserError."""
     tasks.find_task(args.task)
+    for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
+        base_model(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
                  "teacher_max_new_tokens"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
     for name in ("temperature", "weight_decay", "checkpoint_every", "eval_every", "seed"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)} must not be negative")
+        if not 0 <= getattr(args, name) < 10**9:  # so that nan is refused too
+            raise UserError(f"--{name} {getattr(args, name)} must be 0 or more, and below a billion")
     if not 0 < args.lr < 10:
         raise UserError(f"--lr {args.lr} must be above 0 and below 10")
     if args.finetune_data and (args.stage != "train" or len(args.method) > 1 and not args.out):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
-    if args.out and len(args.method) > 1 and not args.finetune_data:
-        raise UserError("--out is the folder of one student: name one --method")
-    for name in (args.teacher.removeprefix("hf:"), args.student):
-        base_model(name)
-    tasks.safe_key(args.split)
+    if (args.out or args.train_key) and len(args.method) > 1 and not args.finetune_data:
+        raise UserError("--out and --train_key are of one student: name one --method")
+    if args.label_style == "gpt3" and args.stage not in ("sample", "curate"):
+        raise UserError("--label_style gpt3 makes files for the API, not for a student here: use it with --stage curate")
+    if args.degree > 1 and not args.temperature and (args.teacher == "toy" or args.teacher.startswith("hf:")):
+        raise UserError(f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7")
 
 
 def run(args):
@@ -402,10 +435,10 @@ def run(args):
     results = []
     for method in methods:
         if "train" in stages and method in FINE_TUNED:
-            data_file = Path(args.finetune_data or finetune_path(args, method, family_of(args)))
-            if not data_file.exists():
-                raise UserError(f"the fine-tuning file {data_file} is missing: make it with --stage curate")
-            train(args, method, data_file)
+            data_file = args.finetune_data or finetune_path(args, method, family_of(args))
+            if args.stage == "train" and not args.finetune_data:
+                on_master(args, lambda: curate(args, method, write=False))
+            train(args, method, Path(data_file))
         if "evaluate" in stages:
             results.append(test_finished(args, method, student_path(args, method)))
     if results and args.ranks.is_master:
@@ -417,10 +450,12 @@ def main(argv=None):
     try:
         check(args)
         if args.stage in ("sample", "curate") and not args.teacher.startswith("hf:"):
-            args.ranks = argparse.Namespace(rank=0, world_size=1, is_master=True)  # no model, so no torch
+            args.ranks = argparse.Namespace(world_size=1, is_master=True)  # no model, so no torch
+            if os.environ.get("RANK", "0") != "0":
+                return  # under torchrun: one process is enough
         else:
             import train_loop
-            args.ranks = train_loop.setup_ranks(args.device)
+            args.ranks = train_loop.setup_ranks(evaluate.find_device(args.device))
         run(args)
         if args.ranks.world_size > 1:
             train_loop.dist.destroy_process_group()

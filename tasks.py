@@ -66,7 +66,11 @@ def read_text(path):
 
 
 def read_json(path):
-    return parse_json(read_text(path), path)
+    """-> the JSON object in a file.  Raises UserError where it is not JSON or not an object."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: mend or delete it")
+    return value
 
 
 def read_jsonl(path):
@@ -94,9 +98,9 @@ def is_current(stage, path, old, new):
     if old == new:
         print(f"{stage}: {path} is there, made with the same settings: skipped")
         return True
-    if old is not None:
+    if isinstance(old, dict):
         changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        print(f"{stage}: settings changed ({', '.join(changed)}), so {path} is made again")
+        print(f"{stage}: settings changed ({', '.join(changed)}) since {path} was made")
     return False
 
 
@@ -388,7 +392,7 @@ def load(task, data_dir="data"):
     if not path.exists():
         raise UserError(f"{path} is missing: {remedy}")
     content = read_json(path)
-    metadata, samples = (content.get(k) if isinstance(content, dict) else None for k in ("metadata", "data"))
+    metadata, samples = content.get("metadata"), content.get("data")
     if not isinstance(samples, list) or not samples or not isinstance(metadata, dict):
         raise UserError(f'{path} is not a dataset, {{"metadata": {{...}}, "data": [samples]}}: {remedy}')
     if metadata.get("dataset_key", row.key) != row.key:
@@ -417,7 +421,7 @@ def default_split(task, n=None):
 def load_split(task, split="default", data_dir="data"):
     """-> (train indices, test indices) of `default`, `template`, or `few_shot_8`, `_32`, `_128` (a part of default's train)."""
     row = find_task(task)
-    few_shot = re.fullmatch(r"few_shot_(\d{1,6})", split)
+    few_shot = re.fullmatch(r"few_shot_([1-9]\d{0,5})", split)
     path = Path(data_dir) / "split" / f"{row.key}__{'default' if few_shot else safe_key(split)}.json"
     if row.key == "toy" and path.stem.endswith("__default"):
         train, test = default_split("toy")
@@ -426,24 +430,15 @@ def load_split(task, split="default", data_dir="data"):
                         "multiarith and date_understanding; few_shot_8, few_shot_32, few_shot_128)")
     else:
         content = read_json(path)
-        train, test = parts = [content.get(part) if isinstance(content, dict) else None for part in ("train", "test")]
-        if not all(isinstance(part, list) and all(type(i) is int for i in part) for part in parts) or set(train) & set(test):
-            raise UserError(f'{path} is not a split: it needs {{"train": [indices], "test": [indices]}} that share none')
+        train, test = parts = [content.get(part) for part in ("train", "test")]
+        valid = all(isinstance(part, list) and part and all(type(i) is int and 0 <= i < row.n for i in part) for part in parts)
+        if not valid or len({*train, *test}) != len(train) + len(test):
+            raise UserError(f'{path} is not a split of {row.key}: it needs {{"train": [indices], "test": [indices]}}, each index once '
+                            f"and from 0 to {row.n - 1}")
     if few_shot:  # paper §5: fine-tuning on 8, 32 and 128 samples
         import numpy as np
         train = sorted(np.random.RandomState(0).permutation(train)[:int(few_shot[1])].tolist())
     return train, test
-
-
-def few_shot_examples(task, data_dir="data"):
-    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
-    path = Path(data_dir) / "few_shot_cot_prompts.json"
-    if not path.exists():
-        raise UserError(f"{path} is missing: make it with `python data/prepare.py {task}`")
-    prompts = read_json(path)
-    if task not in prompts:
-        raise UserError(f"{path} has no few-shot prompt for {task}: use zs_cot")
-    return prompts[task]["prompt"]
 
 
 # ---------------- The toy task: who flips, who keeps, and is the coin still heads up?

@@ -41,12 +41,12 @@ class Ranks(NamedTuple):
         return self.rank == 0
 
 
-def setup_ranks(device=None):
+def setup_ranks(device):
     """Join the process group that torchrun describes in the environment; a plain start is one rank of one."""
-    cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    cuda = device.type == "cuda"
     if "RANK" not in os.environ:
-        return Ranks(0, 1, torch.device(device or ("cuda" if cuda else "cpu")))
-    local_rank = int(os.environ["LOCAL_RANK"])
+        return Ranks(0, 1, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     if cuda:
@@ -87,13 +87,14 @@ def encode(tokenizer, family, data, max_length, max_positions=None):
     """-> (samples, dropped sample indices) of a fine-tuning file {"sample_index", "input", "label": lists}.
 
     A sample whose input or label exceeds max_length tokens (paper: 512), or that does not fit the model's positions, is
-    dropped: cutting it would cut off its answer, which stands last."""
+    dropped: cutting it would cut off its answer, which stands last.  So is a decoder's sample without a prompt: nothing would
+    predict its first label token."""
     samples, dropped = [], []
     for sample_index, prompt, label in zip(data["sample_index"], data["input"], data["label"]):
         prompt_ids = encode_prompt(tokenizer, family, prompt)
         label_ids = tokenizer(text_target=label, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         longest = len(prompt_ids) + len(label_ids) if family == "decoder" else 0  # encoder-decoders: relative positions
-        if max(len(prompt_ids), len(label_ids)) > max_length or longest > (max_positions or math.inf):
+        if max(len(prompt_ids), len(label_ids)) > max_length or longest > (max_positions or math.inf) or not prompt_ids:
             dropped.append(sample_index)
         else:
             samples.append(Sample(sample_index, prompt_ids, label_ids))
@@ -172,7 +173,8 @@ def optimizer_step(model, optimizer, scaler, batch, step, args, collate_argument
     groups = list(enumerate(micro_batches(batch, args.micro_batch_size, ranks.world_size)))[ranks.rank::ranks.world_size]
     total = torch.zeros((), device=ranks.device)
     for i, (group, samples) in enumerate(groups):
-        # Dropout masks depend on seed, step and micro-batch alone: a resumed run and any number of ranks draw the same
+        # Dropout masks depend on seed, step and micro-batch alone: a resumed run draws the same, and so do 1 rank with 2
+        # micro-batches and 2 ranks with 1.  (Another grouping draws other masks; without dropout all groupings agree.)
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + group)
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = i == len(groups) - 1  # ranks talk once a step, in the last backward
@@ -200,9 +202,9 @@ def read_finetune_data(path):
             data[ours] = [row.get(theirs) if isinstance(row, dict) else None for row in rows]
     else:
         data = read_json(path)
-    columns = [data.get(k) if isinstance(data, dict) else None for k in ("sample_index", "input", "label")]
+    columns = [data.get(k) for k in ("sample_index", "input", "label")]
     if not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) != 1 \
-            or not all(isinstance(text, str) for c in columns[1:] for text in c):
+            or not all(isinstance(x, kind) for c, kind in zip(columns, (int, str, str)) for x in c):
         raise UserError(f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
     if not columns[0]:
         raise UserError(f"{path} holds no sample: there is nothing to train on")
@@ -223,18 +225,20 @@ def model_fingerprint(name):
 
 
 def claim_student_folder(out, settings):
-    """Ready the folder of a student; -> True if it is finished.  Another run's student is kept aside, a stranger's folder refused."""
+    """Ready the folder of a student; -> "finished", "unfinished" (it can be resumed) or "new".  The student of a run with other
+    settings is kept aside, a stranger's folder refused."""
     note = read_json(out / "run.json") if (out / "run.json").exists() else None
     if note is None and out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run of this program: choose another --out")
-    if note and note.get("settings") == settings and not note.get("finished"):
+    if note is not None and note.get("settings") == settings and not note.get("finished"):
         print(f"train: going on with the unfinished run in {out}")
-    elif note and is_current("train", out, note.get("settings"), settings):
-        return True
-    elif note:
+        return "unfinished"
+    if note is not None:
+        if is_current("train", out, note.get("settings"), settings):
+            return "finished"
         keep_aside(out)
     write_json(out / "run.json", {"finished": False, "settings": settings})
-    return False
+    return "new"
 
 
 # ---------------- What is kept: checkpoint.pt (to resume), log.jsonl, and the student at the end
@@ -272,7 +276,8 @@ def start_log(path, step, args, settings, ranks):
         write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
         return
     import transformers
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    git = shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     write_whole(path, json.dumps({"command": sys.argv, "arguments": vars(args), "settings": settings, "torch": torch.__version__,
                                   "transformers": transformers.__version__, "device": device, "ranks": ranks.world_size,
@@ -306,7 +311,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     memory), lr, weight_decay, seed, precision (fp32, tf32, bf16, fp16), max_length, checkpoint_every (epochs; 0: never).
     The paper: 20 epochs, batch 8, AdamW lr 3e-4, no schedule, no clipping (appendix).  Raises UserError on a set without
     a usable sample and on a loss that is not finite."""
-    samples, dropped = encode(tokenizer, family, data, args.max_length, getattr(model.config, "max_position_embeddings", None))
+    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)  # 0: no bound
+    samples, dropped = encode(tokenizer, family, data, args.max_length, positions)
     say = print if ranks.is_master else (lambda *_, **__: None)
     if dropped:
         say(f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than the "
@@ -346,7 +352,7 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         for positions in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
             step, batch = step + 1, [samples[i] for i in positions]
             loss = optimizer_step(parallel, optimizer, scaler, batch, step, args, collate_arguments, ranks, autocast)
-            if not math.isfinite(loss) and not scaler.is_enabled():
+            if not math.isfinite(loss):  # gradients that overflow in fp16 are skipped by the scaler; a loss never recovers
                 raise UserError(f"the loss is {loss} at step {step} (epoch {epoch}, sample_index "
                                 f"{', '.join(str(s.sample_index) for s in batch)}): lower --lr or use --precision bf16 or fp32; "
                                 "the last checkpoint is kept")

@@ -71,6 +71,30 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(prompt):
         evaluate.generate(tiny_model("gpt2"), tiny_tokenizer(), "decoder", ["fine", prompt], 5)
 
 
+def test_a_prompt_that_is_too_long_may_go_unanswered_and_the_others_do_not_suffer(capsys):
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    rows = evaluate.generate(model, tokenizer, "decoder", ["a", "x" * 256, "b"], 5, refuse_long=False)
+    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "1 of 3 prompts leave no room" in capsys.readouterr().out
+    assert [rows[0], rows[2]] == evaluate.generate(model, tokenizer, "decoder", ["a", "b"], 5)
+
+
+@pytest.mark.parametrize("flags, sentence", [(("--batch_size", "0"), "--batch_size"), (("--temperature", "nan"), "--temperature"), (("--stop", ""), "--stop"),
+                                             (("--device", "foo"), "--device foo cannot be used here")])
+def test_generate_refuses_flags_that_make_no_sense(flags, sentence, tmp_path, model_folder):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}')
+    with pytest.raises(SystemExit, match=f"error: .*{sentence}"):
+        evaluate.main(["generate", "--model", str(model_folder("gpt2")), "--prompts", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "o.jsonl"), *flags])
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_paper_s_value_stands_only_beside_the_paper_s_own_cells():
+    results, cell = evaluate.read_paper_results(), {"model": "gpt2", "method": "ft_cot", "task": "multiarith", "split": "default", "train_key": "ft_cot"}
+    assert evaluate.paper_value(results, cell) is not None
+    assert evaluate.paper_value(results, {**cell, "train_key": "ft_cot_8aug"}) != evaluate.paper_value(results, cell)
+    for change in ({"train_key": "ft_cot_few_shot_8", "split": "few_shot_8"}, {"split": "template"}, {"train_key": "mine"}, {"model": "gpt3"}):
+        assert evaluate.paper_value(results, {**cell, **change}) is None
+
+
 def test_samples_of_a_row_depend_on_its_seed_alone():
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     rows = evaluate.generate(model, tokenizer, "decoder", PROMPTS, 12, temperature=0.7, n=4, batch_size=5, seed=1)
@@ -173,7 +197,10 @@ def test_a_file_that_lacks_samples_is_no_result_unless_asked(tmp_path):
     (lambda d: d["data"].update({"5": [{**d["data"]["5"][0], "sample_index": 6}]}), "a completion of sample 5 lacks"),
     (lambda d: d["metadata"].pop("dataset_key"), "is not a completion file"),
     (lambda d: d["metadata"].update(dataset_key="coin"), "no task 'coin'"),
-    (lambda d: d.update(data=[]), "is not a completion file")])
+    (lambda d: d.update(data=[]), "is not a completion file"),
+    (lambda d: d["metadata"].update(prediction_template=["zs"]), "prediction_template in its metadata is"),
+    (lambda d: d["metadata"].update(epoch="3"), "epoch in its metadata is"),
+    (lambda d: d["metadata"].update(dataset_key=["toy"]), "dataset_key in its metadata is")])
 def test_completions_that_do_not_belong_are_found_and_named(tmp_path, change, message):
     path = completion_file(tmp_path / "f.json")
     content = tasks.read_json(path)

@@ -101,6 +101,29 @@ def test_a_retrained_student_leaves_the_old_one_aside(small_toy, tmp_path, capsy
     assert (student.with_name("D_toy__T_ft.old1") / "model.safetensors").read_bytes() == old != (student / "model.safetensors").read_bytes()
 
 
+def test_a_retrained_student_s_old_completions_are_not_mixed_with_the_new_ones(small_toy, tmp_path, capsys):
+    flags = ("--saved", tmp_path, "--method", "ft", "--max_new_tokens", 4)
+    method(capsys, *flags, "--epochs", 3)
+    method(capsys, *flags, "--epochs", 1)
+    folder = tmp_path / "completion_data/B_toy_student__C_ft"
+    assert sorted(p.name for p in folder.iterdir()) == ["D_toy__T_ft__E_001.json", "D_toy__T_ft__E_003.json.old1"]
+
+
+def test_completions_of_another_degree_are_kept_aside_not_overwritten(small_toy, tmp_path, capsys):
+    for degree in (3, 1):
+        method(capsys, "--saved", tmp_path, "--stage", "sample", "--degree", degree)
+    path = tmp_path / "completion_data/B_toy_teacher__C_zs_cot_t70/D_toy.json"
+    assert [len(evaluate.read_completions(p)[1]) for p in (path, path.with_name("D_toy.json.old1"))] == [60, 180]
+
+
+def test_training_alone_refuses_a_file_that_was_curated_with_other_settings(small_toy, tmp_path, capsys):
+    flags = ("--saved", tmp_path, "--method", "ft_cot")
+    for stage in ("sample", "curate"):
+        method(capsys, *flags, "--stage", stage)
+    message, out = method(capsys, *flags, "--stage", "train", "--label_style", "natural")
+    assert "was made with other settings: make it with --stage curate" in message and "template ft_cot_token -> ft_cot_natural" in out
+
+
 def test_stages_run_one_by_one_as_they_do_in_one_go(small_toy, tmp_path, capsys):
     method(capsys, "--saved", tmp_path / "whole", *SMALL)
     for stage in ("sample", "curate", "train", "evaluate"):
@@ -115,9 +138,9 @@ def test_evaluation_while_training_writes_every_epoch(small_toy, tmp_path, capsy
 
 
 def test_prompting_methods_run_on_the_untrained_student(small_toy, tmp_path, capsys):
-    message, out = method(capsys, "--saved", tmp_path, "--method", "zs", "zs_cot", "--max_new_tokens", 8)
+    message, out = method(capsys, "--saved", tmp_path, "--method", "zs", "zs_cot", "--max_new_tokens", 100)
     assert message is None and len(re.findall(r"^zs(?:_cot)? +[\d.]+%", out, re.M)) == 2
-    rows = evaluate.read_completions(tmp_path / "completion_data/B_toy_student__C_zs_cot/D_toy.json")[1]
+    rows = evaluate.read_completions(tmp_path / "completion_data/B_toy_student__C_zs_cot/D_toy__S_default.json")[1]
     assert rows[0]["prompt"].endswith("Therefore, the answer is") and rows[0]["reasoning_prompt"].endswith("step by step.")
 
 
@@ -177,6 +200,15 @@ def test_completions_of_another_task_are_refused(published, capsys):
     assert re.search(r"D_multiarith.json holds completions of the task coin_flip, not multiarith", message)
 
 
+def test_completions_whose_questions_are_not_the_benchmark_s_are_refused(published, capsys):
+    path = Path(published[1]) / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
+    content = tasks.read_json(path)
+    content["data"]["7"][0]["question"] = "What is 3 + 4?"
+    tasks.write_json(path, content)
+    message, _ = method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
+    assert "sample 7 is not sample 7 of multiarith" in message
+
+
 def test_an_empty_set_after_curation_is_refused_and_leaves_no_file(published, capsys):
     path = Path(published[1]) / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
     content = tasks.read_json(path)
@@ -216,21 +248,32 @@ BAD = [
     (("--student", "{tmp}/no-such-folder/x", "--stage", "train"), "cannot be used as a name"),
     (("--student", "{tmp}/empty", "--stage", "train", "--finetune_data", "{tmp}/good.json", "--out", "{tmp}/o"), "is not a model folder: it has no config.json"),
     (("--student", "{tmp}/bare", "--stage", "train", "--finetune_data", "{tmp}/good.json", "--out", "{tmp}/o"), "has no tokenizer"),
-    (("--stage", "train", "--finetune_data", "{tmp}/none.json", "--out", "{tmp}/o"), "none.json is missing: make it with --stage curate"),
+    (("--stage", "train", "--finetune_data", "{tmp}/none.json", "--out", "{tmp}/o"), "none.json cannot be read: No such file"),
     (("--stage", "train", "--finetune_data", "{tmp}/torn.json", "--out", "{tmp}/o"), "torn.json is not valid JSON"),
     (("--stage", "train", "--finetune_data", "{tmp}/torn.jsonl", "--out", "{tmp}/o"), "torn.jsonl, line 2 is not valid JSON"),
     (("--stage", "train", "--finetune_data", "{tmp}/uneven.json", "--out", "{tmp}/o"), "uneven.json is not a fine-tuning file"),
     (("--stage", "train", "--finetune_data", "{tmp}/types.json", "--out", "{tmp}/o"), "types.json is not a fine-tuning file"),
     (("--stage", "train", "--finetune_data", "{tmp}/zero.json", "--out", "{tmp}/o"), "zero.json holds no sample"),
     (("--stage", "train", "--finetune_data", "{tmp}/good.json", "--out", "{tmp}/stranger"), "is not empty and holds no run of this program"),
-    (("--stage", "train"), "the fine-tuning file .* is missing: make it with --stage curate"),
+    (("--stage", "train"), "the fine-tuning file .* is missing or was made with other settings: make it with --stage curate"),
     (("--stage", "evaluate"), "there is no finished student in"),
+    (("--train_key", "k"), "name one --method"),
+    (("--label_style", "gpt3"), "use it with --stage curate"),
+    (("--degree", "3", "--temperature", "0"), "3 identical rationales: use --temperature"),
+    (("--temperature", "nan"), "--temperature nan must be 0 or more"),
+    (("--seed", "20000000000"), "--seed 20000000000 must be"),
+    (("--micro_batch_size", "0"), "--micro_batch_size 0 must be 1 or more"),
+    (("--device", "foo"), "--device foo cannot be used here"),
+    (("--split", "few_shot_0", "--stage", "curate"), "few_shot_0.json is missing"),
+    (("--student", "{tmp}/bare", "--stage", "train", "--finetune_data", "{tmp}/good.json", "--out", "{tmp}/bare"), "is the student itself"),
+    (("--stage", "train", "--finetune_data", "{tmp}/list.json", "--out", "{tmp}/o"), "list.json holds a JSON list, not an object"),
+    (("--stage", "train", "--finetune_data", "{tmp}/good.json", "--out", "{tmp}/odd"), "run.json holds a JSON list, not an object"),
     (("--finetune_data", "x.json"), "--finetune_data goes with --stage train"),
     (("--out", "x"), "name one --method"),
     (("--batch_size", "0"), "--batch_size 0 must be 1 or more"),
     (("--lr", "-1"), "--lr -1.0 must be above 0"),
     (("--lr", "nan"), "--lr nan must be above 0"),
-    (("--temperature", "-1"), "--temperature -1.0 must not be negative"),
+    (("--temperature", "-1"), "--temperature -1.0 must be 0 or more"),
     (("--saved", "{tmp}/good.json"), "Not a directory|File exists"),
 ]
 
@@ -242,6 +285,8 @@ def test_bad_input_gets_one_clear_sentence_and_a_failing_exit(flags, sentence, t
     (tmp_path / "stranger").mkdir()
     (tmp_path / "stranger" / "thesis.txt").write_text("precious")
     finetune_file(tmp_path / "good.json")
+    (tmp_path / "list.json").write_text("[1]")
+    tasks.write_json(tmp_path / "odd" / "run.json", [1])
     (tmp_path / "torn.json").write_text('{"sample_index": [0')
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a", "completion": " b"}\n{"prompt"\n')
     finetune_file(tmp_path / "uneven.json", label=[])

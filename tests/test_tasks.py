@@ -149,7 +149,7 @@ def test_few_shot_splits_are_nested_parts_of_the_training_set():
 
 def test_the_eight_few_shot_indices_are_those_the_published_file_samples_repeatedly(shared, tmp_path):
     train, _ = tasks.default_split("multiarith")
-    tasks.write_json(tmp_path / "split" / "multiarith__default.json", {"train": train, "test": []})
+    tasks.write_json(tmp_path / "split" / "multiarith__default.json", {"train": train, "test": tasks.default_split("multiarith")[1]})
     data = json.loads((shared / "saved/completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json").read_text())["data"]
     assert tasks.load_split("multiarith", "few_shot_8", tmp_path)[0] == sorted(int(i) for i, rows in data.items() if len(rows) > 1)
 
@@ -241,13 +241,21 @@ def test_malformed_json_lines_are_named_with_their_line_and_only_newlines_end_a_
 
 
 @pytest.mark.parametrize("content, message", [
-    ({"data": []}, "is not a dataset"), ([1], "is not a dataset"), ({"metadata": {"dataset_key": "svamp"}, "data": [{}]}, "holds the task 'svamp'"),
+    ({"data": []}, "is not a dataset"), ([1], "holds a JSON list, not an object"), ({"metadata": {"dataset_key": "svamp"}, "data": [{}]}, "holds the task 'svamp'"),
     ({"metadata": {}, "data": [{"sample_index": 0, "question": "q", "answer": 5}]}, "sample 0 needs"),
     ({"metadata": {}, "data": [{"sample_index": 1, "question": "q", "answer": "5"}]}, "sample 0 needs")])
 def test_a_dataset_of_the_wrong_form_is_refused(tmp_path, content, message):
     tasks.write_json(tmp_path / "dataset" / "multiarith.json", content)
     with pytest.raises(UserError, match=message):
         tasks.load("multiarith", tmp_path)
+
+
+@pytest.mark.parametrize("split", [{"train": [0, 600], "test": [1]}, {"train": [-1], "test": [1]}, {"train": [], "test": [1]}, {"train": [1], "test": []},
+                                   {"train": [0, 0], "test": [1]}, {"train": [0], "test": [0]}, {"train": ["0"], "test": [1]}, {"train": 3, "test": [1]}, {}])
+def test_a_split_of_the_wrong_form_is_refused(tmp_path, split):
+    tasks.write_json(tmp_path / "split" / "multiarith__default.json", split)
+    with pytest.raises(UserError, match="is not a split of multiarith: .* from 0 to 599"):
+        tasks.load_split("multiarith", "default", tmp_path)
 
 
 def test_a_missing_dataset_or_split_names_the_command_that_makes_it(tmp_path):

@@ -114,6 +114,11 @@ def test_a_sample_that_is_too_long_is_dropped_and_never_cut():
     assert dropped == [2, 3, 4]  # 20 + 20 + EOS do not fit 40 positions
 
 
+def test_a_decoder_sample_without_a_prompt_is_dropped_since_nothing_predicts_its_first_token():
+    data = {"sample_index": [1, 2], "input": ["", "a"], "label": ["b", "b"]}
+    assert train_loop.encode(tiny_tokenizer(), "decoder", data, 25)[1] == [1]
+
+
 def test_batches_hold_every_sample_once_and_depend_on_seed_and_epoch_alone():
     batches = train_loop.global_batches(21, 8, seed=3, epoch=2)
     assert [len(b) for b in batches] == [8, 8, 5] and sorted(sum(batches, [])) == list(range(21))
@@ -183,11 +188,17 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bit_identical_weights_and_the_s
     assert not (stopped / "checkpoint.pt").exists() and json.loads((stopped / "run.json").read_text())["finished"]
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_that_is_not_finite_stops_with_step_and_samples(precision, tmp_path):
     model = tiny_model("gpt2")
     torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
     with pytest.raises(UserError, match=r"the loss is nan at step 1 \(epoch 1, sample_index .*--lr"):
-        train_all(model, tiny_tokenizer(), tmp_path)
+        train_all(model, tiny_tokenizer(), tmp_path, precision=precision)
+
+
+def test_training_needs_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=1)[0]["commit"] is None
 
 
 def test_a_set_without_a_usable_sample_is_refused(tmp_path):
