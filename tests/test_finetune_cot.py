@@ -318,17 +318,20 @@ def test_a_folder_without_write_permission_is_named(tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"error: .*Permission denied: '.*saved.*'\n", done.stderr), done.stderr
 
 
-def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path):
-    command = [sys.executable, "finetune_cot.py", "--saved", str(tmp_path), "--method", "ft", "--epochs", "3", "--max_new_tokens", "4"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, capsys, model_folder):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"sample_index": list(range(400)), "input": ["a ###"] * 400, "label": [" b"] * 400}))
+    command = [sys.executable, "finetune_cot.py", "--stage", "train", "--student", model_folder("gpt2"), "--finetune_data", data, "--out", tmp_path / "o",
+               "--epochs", "12"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("epoch   1/3"):
+        if line.startswith("epoch   1/12"):
             process.send_signal(2)
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.strip().splitlines()[-1].startswith("interrupted: what is finished is kept") and "Traceback" not in errors
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "going on after epoch 1 of 3" in done.stdout
+    message, out = method(capsys, *command[2:])
+    assert message is None and re.search(r"going on after epoch \d+ of 12", out)
 
 
 # ---------------------------------------------------------------- start-up

@@ -143,9 +143,10 @@ def train_all(model, tokenizer, out, data=None, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tiny_student_learns_eight_samples_by_heart(kind, tmp_path):
-    records = train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path, toy_data(8), epochs=150, lr=1e-2)
+    epochs = 150 if "t5" in kind else 50
+    records = train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path, toy_data(8), epochs=epochs, lr=1e-2)
     losses = [r["epoch_loss"] for r in records if "epoch_loss" in r]
-    assert len(losses) == 150 and losses[-1] < 0.1 * losses[0]
+    assert len(losses) == epochs and losses[-1] < 0.1 * losses[0]
 
 
 @pytest.mark.parametrize("precision, kind", [("bf16", "gpt2"), ("fp16", "gpt2"), ("bf16", "t5"), ("tf32", "llama")])
