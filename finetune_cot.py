@@ -127,11 +127,14 @@ def sample(args):
         if not path.exists():
             raise UserError(f"there are no completions of {args.teacher} for {args.task} at {path}, and only toy and hf:NAME can be "
                             "sampled: put the teacher's completion file there (saved/README.md has the format)")
-        print(f"sample: using the completions of {args.teacher} at {path}")
+        print_once(args, f"sample: using the completions of {args.teacher} at {path}")
         return path
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": tasks.fingerprint(samples)}
+    if args.teacher.startswith("hf:"):
+        import train_loop
+        settings["model"] = train_loop.model_fingerprint(args.teacher[3:])
     if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
     examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
@@ -149,8 +152,10 @@ def sample(args):
 
 def family_of(args):
     """What the student reads: decoder, encoder_decoder or openai files.  From its config, or, of a hub name, by the name."""
-    if args.label_style == "gpt3" or args.family:
-        return args.family or "openai"
+    if args.label_style == "gpt3":
+        return "openai"
+    if args.family:
+        return args.family
     config = Path(args.student) / "config.json"
     if config.is_file():
         return "encoder_decoder" if tasks.read_json(config).get("is_encoder_decoder") else "decoder"
@@ -299,10 +304,10 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
                     "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
                     "train_key": train_key(args, method) if method in FINE_TUNED else None, "epoch": epoch,
-                    "prediction_template": template, "split": args.split, "part": "test", "settings": settings,
-                    "seconds": round(time.perf_counter() - start, 1)}
+                    "prediction_template": template, "split": args.split, "part": "test", "settings": settings}
         if args.ranks.is_master:
             write_completions(path, metadata, data)
+        print_once(args, f"evaluate: {len(samples)} questions in {time.perf_counter() - start:.0f} s")
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
     print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
                      f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")

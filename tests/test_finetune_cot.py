@@ -69,8 +69,7 @@ def test_a_run_with_the_same_seed_writes_the_same_bytes_elsewhere(small_toy, tmp
     for name in ("a", "b"):
         method(capsys, "--saved", tmp_path / name, *SMALL, "--method", "ft_cot")
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert {k for k in a if a[k] != b.get(k)} <= {k for k in a if "C_ft_cot" in k}  # these hold the seconds they took
-    assert a.keys() == b.keys() and len(a) > 8
+    assert a == b and len(a) > 8
 
 
 @pytest.mark.parametrize("flags, stage, change", [
@@ -129,7 +128,7 @@ def test_stages_run_one_by_one_as_they_do_in_one_go(small_toy, tmp_path, capsys)
     for stage in ("sample", "curate", "train", "evaluate"):
         assert method(capsys, "--saved", tmp_path / "parts", *SMALL, "--stage", stage)[0] is None
     whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
-    assert whole.keys() == parts.keys() and all(whole[k] == parts[k] for k in whole if "B_toy_student__C" not in k)
+    assert whole == parts
 
 
 def test_evaluation_while_training_writes_every_epoch(small_toy, tmp_path, capsys):
