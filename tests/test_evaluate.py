@@ -33,6 +33,16 @@ def test_greedy_text_equals_hugging_face_one_by_one_for_any_batch_size(kind, mod
         assert [row[0]["completion"] for row in done] == expected
 
 
+def test_rows_leave_the_batch_of_a_hybrid_attention_model_too():
+    import transformers
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                                     layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, eos_token_id=0, pad_token_id=1)
+    model, tokenizer, limits = transformers.Lfm2ForCausalLM(config), tiny_tokenizer(), [5, 20, 9, 14, 3, 8, 12]
+    rows = evaluate.generate(model, tokenizer, "decoder", PROMPTS, limits)
+    assert rows == [evaluate.generate(model, tokenizer, "decoder", [prompt], limit)[0] for prompt, limit in zip(PROMPTS, limits)]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_each_row_stops_at_its_own_limit_whatever_its_neighbours_do(kind, model_folder):
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
