@@ -347,6 +347,7 @@ def print_once(args, text):
 # ---------------- Command line
 
 def parse_args(argv=None):
+    """-> the flags, with the defaults that depend on the task filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
     what.add_argument("--task", default="toy", help=f"one of {', '.join(tasks.TASKS)} (default toy)")
@@ -451,6 +452,7 @@ def run(args):
 
 
 def main(argv=None):
+    """Check, run, and turn every error a user can mend into one sentence and a failing exit."""
     args = parse_args(argv)
     try:
         check(args)

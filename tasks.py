@@ -57,6 +57,7 @@ def parse_json(text, where):
 
 
 def read_text(path):
+    """-> the text of a UTF-8 file.  Raises UserError that names it."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # -sig: editors on Windows put a byte-order mark first
     except UnicodeDecodeError as e:
