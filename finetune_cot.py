@@ -87,7 +87,8 @@ def file_sha256(path):
 def teacher_complete(args):
     """-> complete(prompts, n, temperature, max_new_tokens, stop) of the teacher that --teacher names."""
     if args.teacher == "toy":
-        return functools.partial(tasks.toy_teacher, seed=args.seed)
+        from data.toy import toy_teacher
+        return functools.partial(toy_teacher, seed=args.seed)
     return local_complete(args, *evaluate.load_model(args.teacher.removeprefix("hf:")))
 
 
@@ -245,10 +246,10 @@ def student_source(args):
     """-> folder or name to load the untrained student from; the toy student is made here."""
     if args.student != "toy":
         return args.student
-    import train_loop
+    from data.toy import make_toy_student
     folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
     if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
-        train_loop.make_toy_student(folder, args.seed)
+        make_toy_student(folder, args.seed)
     on_master(args, lambda: None)  # the other ranks wait here
     return str(folder)
 
@@ -381,13 +382,27 @@ def parse_args(argv=None):
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
     training.add_argument("--micro_batch_size", type=int,
                           help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
-    training.add_argument("--lr", type=float, help="constant learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")
+    training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: no bound)")
+    training.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
+                          help="lay samples end to end instead of padding them, where the student gives the same logits so (default on)")
+    training.add_argument("--lr", type=float, help="learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")
+    training.add_argument("--schedule", choices=["constant", "linear", "cosine"], default="constant",
+                          help="of the learning rate after warm-up, down to 0 at the last step (default constant, the paper's)")
+    training.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises from 0 (default 0, the paper's)")
     training.add_argument("--weight_decay", type=float, default=0.01, help="default 0.01, the paper's")
+    training.add_argument("--max_grad_norm", type=float, default=0.0, help="clip the gradient's norm to this (default 0: never, as the paper)")
     training.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32",
-                          help="autocast of products (default fp32; T5 overflows in fp16)")
+                          help="autocast of products (default fp32; tf32: faster fp32 products, on CPUs too; T5 overflows in fp16)")
+    training.add_argument("--gradient_checkpointing", action="store_true", help="compute activations twice to keep fewer (default off)")
+    training.add_argument("--compile", action="store_true", help="torch.compile the student (default off)")
+    training.add_argument("--shard", choices=["no", "gpu", "cpu"], default="no",
+                          help="split weights and optimizer over ranks, FSDP2; cpu: keep them in main memory (default no: DDP)")
     training.add_argument("--max_length", type=int, default=512,
                           help="tokens of input and of label; longer samples are dropped (default 512, the paper's)")
     training.add_argument("--checkpoint_every", type=int, default=1, help="epochs between checkpoints to resume from (default 1; 0 never)")
+    training.add_argument("--checkpoint_steps", type=int, default=0, help="steps between checkpoints within an epoch (default 0: none)")
+    training.add_argument("--keep", type=int, default=1, help="checkpoints kept, the newest (default 1)")
+    training.add_argument("--log_every", type=int, default=0, help="steps between log lines (default 0: one line an epoch)")
     training.add_argument("--family", choices=["decoder", "encoder_decoder"], help="of a student by hub name (default: by its name)")
     training.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     evaluating = parser.add_argument_group("evaluation")
@@ -410,10 +425,11 @@ def check(args):
     for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
         base_model(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
-                 "teacher_max_new_tokens"):
+                 "teacher_max_new_tokens", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
-    for name in ("temperature", "weight_decay", "checkpoint_every", "eval_every", "seed"):
+    for name in ("temperature", "weight_decay", "checkpoint_every", "checkpoint_steps", "eval_every", "seed", "micro_tokens", "warmup",
+                 "max_grad_norm", "log_every"):
         if not 0 <= getattr(args, name) < 10**9:  # so that nan is refused too
             raise UserError(f"--{name} {getattr(args, name)} must be 0 or more, and below a billion")
     if not 0 < args.lr < 10:

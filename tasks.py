@@ -1,8 +1,8 @@
 """What a task is: the 12 benchmarks of the paper and an embedded toy task.
 
-One row of TASKS per benchmark (sizes, answer kind, split rule), loading, splits, the prompt and label templates, the
-toy task with its imperfect teacher, and answer cleansing: `judge` says whether a completion is right, by the paper's
-rules or by ours.  Everything here is text: importing this module needs neither torch nor numpy.
+One row of TASKS per benchmark (sizes, answer kind, split rule), loading, splits, the prompt and label templates, and
+answer cleansing: `judge` says whether a completion is right, by the paper's rules or by ours.  Everything here is text:
+importing this module needs neither torch nor numpy.
 
     import tasks
     tasks.judge("multiarith", "ft_cot_token", "3 + 4 = 7 --> 7", "7").correct     # True
@@ -12,7 +12,6 @@ import hashlib
 import json
 import operator
 import os
-import random
 import re
 import sys
 import tempfile
@@ -78,6 +77,54 @@ def read_jsonl(path):
     """-> the values of a JSON-lines file, in order.  Lines end at "\\n" alone: U+2028 may stand inside a string."""
     lines = read_text(path).split("\n")
     return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+class Journal:
+    """An append-only file of JSON lines {"key": ..., ...}: what it holds survives any kill, and no key stands in it twice.
+
+    self.rows is {key: row}.  One process writes it at a time; a second is refused with a UserError.  A last line that a kill
+    tore is dropped; a bad line elsewhere is refused, since it may have cost money."""
+
+    def __init__(self, path):
+        import fcntl
+        self.path, self.rows = Path(path), {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path, "ab+")  # held until close() or the end of the process, however it comes
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is being written by another run: wait for it or stop it") from None
+        self.lock.seek(0)
+        end = 0
+        for i, line in enumerate(self.lock, 1):
+            if not line.endswith(b"\n"):
+                break  # torn
+            end += len(line)
+            row = parse_json(line, f"{self.path}, line {i}") if line.strip() else {"key": None}
+            if not isinstance(row, dict) or "key" not in row:
+                raise UserError(f"{self.path}, line {i} is not a row of a journal: mend or delete that line")
+            self.rows.setdefault(row["key"], row)
+        os.truncate(self.path, end)
+
+    def append(self, rows):
+        """Add rows whose keys are new; they are on the disk when this returns.  Raises OSError where they cannot be."""
+        new = {}
+        for row in rows:
+            if row["key"] not in self.rows:
+                new.setdefault(row["key"], row)
+        end = self.path.stat().st_size
+        try:
+            with open(self.path, "ab") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError:
+            os.truncate(self.path, end)  # a full disk: no half line stays
+            raise
+        self.rows.update(new)
+
+    def close(self):
+        self.lock.close()
 
 
 def safe_key(name):
@@ -388,6 +435,7 @@ def load(task, data_dir="data"):
     Raises UserError when the file is missing (with the command that makes it) or is not such a file."""
     row = find_task(task)
     if row.key == "toy":
+        from data.toy import toy_samples
         return toy_samples(row.n)
     path, remedy = Path(data_dir) / "dataset" / f"{row.key}.json", f"make it with `python data/prepare.py {row.key}`"
     if not path.exists():
@@ -440,58 +488,3 @@ def load_split(task, split="default", data_dir="data"):
         import numpy as np
         train = sorted(np.random.RandomState(0).permutation(train)[:int(few_shot[1])].tolist())
     return train, test
-
-
-# ---------------- The toy task: who flips, who keeps, and is the coin still heads up?
-# Five coin states in a row are hard to see at once and easy one at a time, so rationales help a tiny student; without them
-# it stays at chance.
-
-SIDES = {True: "heads", False: "tails"}
-NAMES = "Ann Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mia Nils Olga Paul".split()
-
-
-def toy_samples(n, people=5):
-    """Samples of equal length: `flips` and `keeps` are one word each, so the length of a question tells nothing."""
-    rng = random.Random(0)
-    samples = []
-    for i in range(n):
-        steps = [(name, rng.choice(("flips", "keeps"))) for name in rng.sample(NAMES, people)]
-        told = " ".join(f"{name} {verb} the coin." for name, verb in steps)
-        question = f"A coin is heads up. {told} Is the coin still heads up?"
-        flips = sum(verb == "flips" for _, verb in steps)
-        samples.append({"sample_index": i, "question": question, "answer": "no" if flips % 2 else "yes"})
-    return samples
-
-
-TOY_PHRASES = [  # (start, one step, end): the teacher's several ways to say the same
-    ("The coin is heads up.", "{name} {verb} it: {before} to {side}.", "So it is {side} up."),
-    ("Start: heads.", "From {before}, {name} {verb} it to {side}.", "In the end {side}."),
-    ("Heads.", "{name} {verb} {before}, now {side}.", "The coin shows {side}."),
-]
-TOY_VOCABULARY = [*NAMES, *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHRASES for part in phrases),
-                  "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->"]
-
-
-def toy_rationale(question, rng, phrases):
-    """Follow the coin; in one rationale of five, lose track at one person, which turns the end around."""
-    steps = re.findall(r"(\w+) (flips|keeps) the coin", question)
-    slip = rng.randrange(len(steps)) if steps and rng.random() < 0.2 else None
-    start, step, end = phrases
-    heads, said = True, [start]
-    for i, (name, verb) in enumerate(steps):
-        before, heads = heads, heads ^ (verb == "flips") ^ (i == slip)
-        said.append(step.format(name=name, verb=verb, before=SIDES[before], side=SIDES[heads]))
-    return " ".join([*said, end.format(side=SIDES[heads])])
-
-
-def toy_teacher(prompts, n=1, temperature=0.0, max_new_tokens=128, stop=None, seed=0):
-    """An embedded teacher with the signature of `complete`: n completions a prompt, the same ones for the same seed.
-
-    It answers both steps of Zero-shot-CoT.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
-    def one(prompt, k):
-        if prompt.endswith(COT_ANSWER):
-            sides = re.findall(r"heads|tails", prompt)
-            return " yes." if sides[-1] == "heads" else " no."
-        rng = random.Random(f"{seed} {k} {prompt}" if temperature else f"{seed} {prompt}")
-        return " " + toy_rationale(prompt, rng, rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0])
-    return [[{"completion": one(prompt, k), "finish_reason": "stop"} for k in range(n)] for prompt in prompts]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks import (TOY_VOCABULARY, UserError, encode_prompt, fingerprint, is_current, keep_aside, progress, read_json, read_jsonl,
+from tasks import (UserError, encode_prompt, fingerprint, is_current, keep_aside, progress, read_json, read_jsonl,
                    write_json, write_whole)
 
 
@@ -52,27 +51,6 @@ def setup_ranks(device):
     if cuda:
         torch.cuda.set_device(local_rank)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if cuda else "cpu"))
-
-
-# ---------------- The toy student: nothing to download
-
-def make_toy_student(folder, seed):
-    """Save a 2-layer, 128-wide GPT-2 with random weights, and a word-level tokenizer that knows the toy task's words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    special = ["<eos>", "<unk>"]
-    words = re.findall(r"\w+|[^\w\s]+", " ".join(TOY_VOCABULARY))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *sorted(set(words))])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
-    torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=len(fast), n_layer=2, n_head=4, n_embd=128, n_positions=128, bos_token_id=0, eos_token_id=0,
-                        initializer_range=0.08,  # 1/sqrt(128): at GPT-2's 0.02, meant for 768 wide, it learns at half the speed
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
 
 
 # ---------------- Samples -> batches

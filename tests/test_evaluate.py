@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 import tasks
+from data import toy
 from conftest import KINDS, run, tiny_model, tiny_tokenizer
 from tasks import UserError
 
@@ -159,7 +160,7 @@ def test_a_folder_that_is_not_a_model_or_has_no_tokenizer_is_refused(tmp_path):
 
 def completion_file(path, n=2000, correct=lambda i: True, **metadata):
     """A completion file on the toy task, where correct(i) says which are right."""
-    samples = tasks.toy_samples(n)
+    samples = toy.toy_samples(n)
     data = {str(s["sample_index"]): [{**{k: s[k] for k in ("sample_index", "question", "answer")}, "completion_index": 0, "finish_reason": "stop",
                                       "completion": s["answer"] if correct(s["sample_index"]) else "?"}] for s in reversed(samples)}
     tasks.write_json(path, {"metadata": {"dataset_key": "toy", "base_model": "m", "completion_key": "zs", "prediction_template": "zs", **metadata}, "data": data})

@@ -13,6 +13,7 @@ import pytest
 import evaluate
 import finetune_cot
 import tasks
+from data import toy
 from conftest import ROOT, run, tiny_model
 
 
@@ -84,7 +85,7 @@ def test_changed_settings_make_a_stage_again_and_are_named(small_toy, tmp_path, 
 
 def test_changed_toy_data_is_not_mixed_with_old_completions(small_toy, tmp_path, capsys, monkeypatch):
     method(capsys, "--saved", tmp_path, "--stage", "sample")
-    monkeypatch.setattr(tasks, "NAMES", tasks.NAMES[::-1])
+    monkeypatch.setattr(toy, "NAMES", toy.NAMES[::-1])
     _, out = method(capsys, "--saved", tmp_path, "--stage", "sample")
     assert "settings changed (samples" in out
 

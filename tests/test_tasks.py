@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tasks
+from data import toy
 from conftest import ROOT
 from tasks import UserError
 
@@ -183,21 +184,21 @@ def test_labels_hold_the_prefix_that_scoring_looks_for(template, prefix):
 # ---------------------------------------------------------------- the toy task and its teacher
 
 def test_a_toy_question_does_not_give_its_answer_away_by_length():
-    samples = tasks.toy_samples(400)
+    samples = toy.toy_samples(400)
     lengths = {answer: {len(s["question"].split()) for s in samples if s["answer"] == answer} for answer in ("yes", "no")}
     assert lengths["yes"] == lengths["no"] and len(lengths["yes"]) == 1
     assert 0.4 < sum(s["answer"] == "yes" for s in samples) / 400 < 0.6
 
 
 def test_the_toy_teacher_is_wrong_once_in_five_varies_with_temperature_and_repeats_itself_with_its_seed():
-    prompts = [tasks.format_sample("zs_cot", "decoder", s["question"])[0] for s in tasks.toy_samples(500)]
-    sampled = tasks.toy_teacher(prompts, n=2, temperature=0.7, seed=1)
-    assert sampled == tasks.toy_teacher(prompts, n=2, temperature=0.7, seed=1) != tasks.toy_teacher(prompts, n=2, temperature=0.7, seed=2)
+    prompts = [tasks.format_sample("zs_cot", "decoder", s["question"])[0] for s in toy.toy_samples(500)]
+    sampled = toy.toy_teacher(prompts, n=2, temperature=0.7, seed=1)
+    assert sampled == toy.toy_teacher(prompts, n=2, temperature=0.7, seed=1) != toy.toy_teacher(prompts, n=2, temperature=0.7, seed=2)
     assert sum(a != b for a, b in sampled) > 300
-    answers = tasks.toy_teacher([p + rows[0]["completion"] + tasks.COT_ANSWER for p, rows in zip(prompts, sampled)])
-    right = sum(s["answer"] in a[0]["completion"] for s, a in zip(tasks.toy_samples(500), answers))
+    answers = toy.toy_teacher([p + rows[0]["completion"] + tasks.COT_ANSWER for p, rows in zip(prompts, sampled)])
+    right = sum(s["answer"] in a[0]["completion"] for s, a in zip(toy.toy_samples(500), answers))
     assert 0.74 < right / 500 < 0.86
-    greedy = tasks.toy_teacher(prompts, n=2)
+    greedy = toy.toy_teacher(prompts, n=2)
     assert all(a == b for a, b in greedy)
 
 
@@ -268,3 +269,35 @@ def test_a_missing_dataset_or_split_names_the_command_that_makes_it(tmp_path):
 def test_importing_tasks_imports_neither_torch_nor_numpy():
     code = "import sys, tasks; sys.exit(bool({'torch', 'numpy', 'transformers', 'openai'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---------------------------------------------------------------- the journal
+
+def test_a_journal_keeps_every_row_once_drops_a_torn_line_and_refuses_a_second_writer(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = tasks.Journal(path)
+    journal.append([{"key": "a", "x": 1}, {"key": "b", "x": "\u2028\n"}, {"key": "a", "x": 2}])
+    journal.append([{"key": "b", "x": 3}, {"key": "c", "x": 4}])
+    with pytest.raises(UserError, match="another run"):
+        tasks.Journal(path)
+    journal.close()
+    whole = path.read_bytes()
+    rows = {"a": {"key": "a", "x": 1}, "b": {"key": "b", "x": "\u2028\n"}, "c": {"key": "c", "x": 4}}
+    for cut in range(len(whole) + 1):  # wherever a kill tears it
+        path.write_bytes(whole[:cut])
+        journal = tasks.Journal(path)
+        assert list(journal.rows.items()) == list(rows.items())[:whole[:cut].count(b"\n")]
+        journal.append(list(rows.values()))
+        journal.close()
+        assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b'"b"', b'"b'))
+    with pytest.raises(UserError, match="line 2"):
+        tasks.Journal(path)
+
+
+def test_a_full_disk_leaves_a_journal_without_a_half_line(tmp_path):
+    code = ("import resource, signal, sys, tasks\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\njournal = tasks.Journal(sys.argv[1])\n"
+            "for i in range(99): journal.append([{'key': i}])\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "j.jsonl")], cwd=ROOT, capture_output=True, text=True)
+    assert "OSError" in done.stderr and list(tasks.Journal(tmp_path / "j.jsonl").rows) == list(range(9))
