@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 import tasks
-from tasks import UserError
+from data import files
+from data.files import UserError
 
 
 # ---------------- Local models
@@ -165,8 +166,8 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     done, was_training = {(i, k): ("", "length") for i in too_long for k in range(n)}, model.training
     model.eval()
     with torch.inference_mode():
-        for batch in tasks.progress(batches, "decoding", show=rank == 0):
-            seeds = [int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63 for i, k in batch]
+        for batch in files.progress(batches, "decoding", show=rank == 0):
+            seeds = [int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63 for i, k in batch]
             results = decode_batch(model, tokenizer, family, [ids[i] for i, _ in batch], [limits[i] for i, _ in batch],
                                    temperature, stop, [torch.Generator().manual_seed(s) for s in seeds])
             done.update(zip(batch, results))
@@ -183,7 +184,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
 def few_shot_examples(task, data_dir="data"):
     """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
     path = Path(data_dir) / "few_shot_cot_prompts.json"
-    prompt = tasks.read_json(path).get(task) if path.exists() else None
+    prompt = files.read_json(path).get(task) if path.exists() else None
     if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
         raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
                         "(there is none for tracking_shuffled_objects)")
@@ -219,7 +220,7 @@ def read_completions(path, task=None):
     """-> (metadata, rows in order of sample and completion) of a completion file.
 
     Raises UserError where it is not one, is another task's, or holds a completion twice."""
-    content = tasks.read_json(path)
+    content = files.read_json(path)
     metadata, data = content.get("metadata"), content.get("data")
     if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
         raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
@@ -408,7 +409,7 @@ def report(results, student, seed, saved):
 
 def read_prompts(path, max_new_tokens):
     """-> (rows, prompts, limits) of a JSON-lines file with a "prompt" and perhaps a "max_new_tokens" on each line."""
-    rows = tasks.read_jsonl(path)
+    rows = files.read_jsonl(path)
     for i, row in enumerate(rows, 1):
         limit = row.get("max_new_tokens", max_new_tokens) if isinstance(row, dict) else None
         if type(limit) is not int or limit < 1 or not isinstance(row.get("prompt"), str):
@@ -435,7 +436,7 @@ def run_generate(args):
     model, tokenizer, family = load_model(args.model, dtype)
     model.to(find_device(args.device))
     done = generate(model, tokenizer, family, prompts, limits, args.temperature, 1, args.stop, args.batch_size, args.seed)
-    tasks.write_whole(args.out, "".join(json.dumps({**row, **one}) + "\n" for row, [one] in zip(rows, done)))
+    files.write_whole(args.out, "".join(json.dumps({**row, **one}) + "\n" for row, [one] in zip(rows, done)))
     print(f"wrote {len(rows)} completions to {args.out}")
 
 

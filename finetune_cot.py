@@ -10,7 +10,6 @@ file or folder under --saved and is skipped when it is already there, made with 
 """
 import argparse
 import functools
-import hashlib
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from tasks import UserError
+from data import files
+from data.files import UserError
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
@@ -50,36 +50,31 @@ def finetune_key(args, method):
 
 def train_key(args, method):
     if args.train_key:
-        return tasks.safe_key(args.train_key)
+        return files.safe_key(args.train_key)
     style = "" if args.label_style == "token" else f"_{args.label_style}"
     degree = run_suffix(args) if method == "ft_cot" else run_suffix(argparse.Namespace(degree=1, split=args.split))
-    return tasks.safe_key(method + style + degree + (f"_s{args.seed}" if args.seed else ""))
+    return files.safe_key(method + style + degree + (f"_s{args.seed}" if args.seed else ""))
 
 
 def base_model(name):
     """What a model is called in file names: a folder by its last part, a hub name with its owner and without the slash."""
-    return tasks.safe_key(Path(name).resolve().name if Path(name).is_dir() else "toy_student" if name == "toy" else name)
+    return files.safe_key(Path(name).resolve().name if Path(name).is_dir() else "toy_student" if name == "toy" else name)
 
 
 def completion_path(saved, model, key, task, *parts):
-    folder = Path(saved) / "completion_data" / f"B_{tasks.safe_key(model)}__C_{tasks.safe_key(key)}"
+    folder = Path(saved) / "completion_data" / f"B_{files.safe_key(model)}__C_{files.safe_key(key)}"
     return folder / f"{'__'.join([f'D_{task}', *parts])}.json"
 
 
 def finetune_path(args, method, family):
     suffix = "jsonl" if family == "openai" else "json"
-    return Path(args.saved) / "finetune_data" / f"P_{family}" / f"F_{tasks.safe_key(finetune_key(args, method))}.{suffix}"
+    return Path(args.saved) / "finetune_data" / f"P_{family}" / f"F_{files.safe_key(finetune_key(args, method))}.{suffix}"
 
 
 def student_path(args, method):
     if args.out:
         return Path(args.out)
     return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
@@ -111,14 +106,14 @@ def teacher_file(args):
 
 def is_made(stage, args, path, settings):
     """Whether a completion file is there and was made with these settings."""
-    return path.exists() and tasks.is_current(stage, path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)
+    return path.exists() and files.is_current(stage, path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)
 
 
 def write_completions(path, metadata, data):
     """Completions cost GPU hours or money: those made with other settings are kept aside."""
     if path.exists():
-        tasks.keep_aside(path)
-    tasks.write_json(path, {"metadata": metadata, "data": data})
+        files.keep_aside(path)
+    files.write_json(path, {"metadata": metadata, "data": data})
 
 
 def sample(args):
@@ -132,10 +127,10 @@ def sample(args):
         return path
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
-                "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": tasks.fingerprint(samples)}
+                "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": files.fingerprint(samples)}
     if args.teacher.startswith("hf:"):
         import train_loop
-        settings["model"] = train_loop.model_fingerprint(args.teacher[3:])
+        settings["model"] = files.model_fingerprint(args.teacher[3:])
     if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
     examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
@@ -159,7 +154,7 @@ def family_of(args):
         return args.family
     config = Path(args.student) / "config.json"
     if config.is_file():
-        return "encoder_decoder" if tasks.read_json(config).get("is_encoder_decoder") else "decoder"
+        return "encoder_decoder" if files.read_json(config).get("is_encoder_decoder") else "decoder"
     return "encoder_decoder" if re.search(r"t5|bart|pegasus", args.student.lower()) else "decoder"
 
 
@@ -199,8 +194,8 @@ def curation(args, method):
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
-    source = tasks.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else file_sha256(completions)
-    settings = {"source": source, "split": args.split, "train": tasks.fingerprint(train), "template": template, "family": family}
+    source = files.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else files.file_sha256(completions)
+    settings = {"source": source, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
     settings |= {"teacher": args.teacher, "degree": args.degree, "rules": args.rules} if method == "ft_cot" else {}
     return finetune_path(args, method, family), settings, train
 
@@ -211,9 +206,9 @@ def curate(args, method, write=True):
     With write=False, raise UserError instead where the file is missing or was made with other settings."""
     path, settings, train = curation(args, method)
     made_from = path.with_suffix(".made_from.json")
-    note = tasks.read_json(made_from) if path.exists() and made_from.exists() else {}
-    unchanged = bool(note) and note.get("sha256") == file_sha256(path)
-    if unchanged and tasks.is_current("curate", path, note.get("settings"), settings):
+    note = files.read_json(made_from) if path.exists() and made_from.exists() else {}
+    unchanged = bool(note) and note.get("sha256") == files.file_sha256(path)
+    if unchanged and files.is_current("curate", path, note.get("settings"), settings):
         return path
     if not write:
         raise UserError(f"the fine-tuning file {path} is missing or was made with other settings: make it with --stage curate")
@@ -231,10 +226,10 @@ def curate(args, method, write=True):
         inputs, labels = zip(*pairs)
         text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
     if path.exists() and not unchanged and path.read_bytes() != text.encode():  # not ours, or edited by hand
-        tasks.keep_aside(path)
+        files.keep_aside(path)
     made_from.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
-    tasks.write_whole(path, text)
-    tasks.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": file_sha256(path)})
+    files.write_whole(path, text)
+    files.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": files.file_sha256(path)})
     what = "rationales" if method == "ft_cot" else "samples"
     print(f"curate: kept {len(kept)} of {len(total)} {what} ({100 * len(kept) / len(total):.1f}%) -> {path}")
     return path
@@ -257,25 +252,25 @@ def student_source(args):
 def train(args, method, data_file):
     """Fine-tune the student on a fine-tuning file, evaluating every --eval_every epochs.  -> the student's folder."""
     import train_loop
-    data = train_loop.read_finetune_data(data_file)
+    data = files.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
-    settings = {"student": train_loop.model_fingerprint(source), "finetune_data": file_sha256(data_file)}
+    settings = {"student": files.model_fingerprint(source), "finetune_data": files.file_sha256(data_file)}
     settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length")}
     if Path(source).resolve() == out.resolve():
         raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
-    state = on_master(args, lambda: train_loop.claim_student_folder(out, settings))
+    state = on_master(args, lambda: files.claim_student_folder(out, settings))
     if state == "finished":
         return out
     if state == "new" and not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
         for old in test_file(args, method, 0).parent.glob(f"D_{args.task}__T_{train_key(args, method)}__E_*.json"):
-            tasks.keep_aside(old)
+            files.keep_aside(old)
     model, tokenizer, family = evaluate.load_model(source)
     if f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}" in Path(data_file).parts:
         raise UserError(f"{data_file} is not for {family} students like {args.student}: curate again with --family {family}")
     print_once(args, f"train: {method} on {data_file} -> {out}")
     for epoch in train_loop.train(model, tokenizer, family, data, out, args, settings, args.ranks):
         if args.eval_every and epoch % args.eval_every == 0:
-            test(args, method, model, tokenizer, family, epoch, tasks.fingerprint(settings))
+            test(args, method, model, tokenizer, family, epoch, files.fingerprint(settings))
     print_once(args, f"train: the student is in {out}; try it: "
                      f"python evaluate.py generate --model {out} --prompts FILE.jsonl --out FILE.jsonl")
     return out
@@ -297,7 +292,7 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     _, indices = tasks.load_split(args.task, args.split, args.data)
     samples = [samples[i] for i in indices]
     settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
-                "samples": tasks.fingerprint(samples)}
+                "samples": files.fingerprint(samples)}
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
         examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
         complete, start = local_complete(args, model, tokenizer, family), time.perf_counter()
@@ -320,12 +315,12 @@ def test_finished(args, method, out):
     if method in PROMPTED:
         import train_loop
         source = student_source(args)
-        return test(args, method, *evaluate.load_model(source), None, train_loop.model_fingerprint(source))
-    note = tasks.read_json(out / "run.json") if (out / "run.json").exists() else {}
+        return test(args, method, *evaluate.load_model(source), None, files.model_fingerprint(source))
+    note = files.read_json(out / "run.json") if (out / "run.json").exists() else {}
     if not note.get("finished") or not isinstance(note.get("settings"), dict):
         raise UserError(f"there is no finished student in {out}: run --stage train")
     epoch = note["settings"].get("epochs", args.epochs)
-    return test(args, method, *evaluate.load_model(str(out)), epoch, tasks.fingerprint(note["settings"]))
+    return test(args, method, *evaluate.load_model(str(out)), epoch, files.fingerprint(note["settings"]))
 
 
 # ---------------- Ranks: files are decided on and written by rank 0 alone
@@ -382,7 +377,7 @@ def parse_args(argv=None):
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
     training.add_argument("--micro_batch_size", type=int,
                           help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
-    training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: no bound)")
+    training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: 512 on CPUs, no bound on GPUs)")
     training.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                           help="lay samples end to end instead of padding them, where the student gives the same logits so (default on)")
     training.add_argument("--lr", type=float, help="learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")

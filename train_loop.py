@@ -6,26 +6,29 @@ through finetune_cot.py, under plain python or torchrun (CPU: gloo, GPU: nccl):
     python finetune_cot.py --stage train --student gpt2 --finetune_data FILE --out DIR
     torchrun --standalone --nproc_per_node=2 finetune_cot.py --stage train --student gpt2 --finetune_data FILE --out DIR
 
-Shapes: B rows of a micro-batch, T tokens of its longest row, N label tokens in it, H width, V vocabulary.
+Shapes: B rows of a micro-batch, T tokens of a row, N label tokens in it, H width, V vocabulary.
 """
-import hashlib
+import ctypes
+import functools
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tasks import (UserError, encode_prompt, fingerprint, is_current, keep_aside, progress, read_json, read_jsonl,
-                   write_json, write_whole)
+from data.files import UserError, progress, read_text, write_json, write_whole
+from tasks import encode_prompt
 
 
 # ---------------- Ranks
@@ -53,6 +56,14 @@ def setup_ranks(device):
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if cuda else "cpu"))
 
 
+def say(ranks, text):
+    """Print a line once, whatever the number of ranks, above a progress bar if there is one."""
+    if ranks.is_master:
+        from tqdm import tqdm
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
 # ---------------- Samples -> batches
 
 class Sample(NamedTuple):
@@ -61,12 +72,12 @@ class Sample(NamedTuple):
     label: list   # token ids, the last one EOS: the student learns where to stop
 
 
-def encode(tokenizer, family, data, max_length, max_positions=None):
+def encode(tokenizer, family, data, max_length, max_positions=0):
     """-> (samples, dropped sample indices) of a fine-tuning file {"sample_index", "input", "label": lists}.
 
-    A sample whose input or label exceeds max_length tokens (paper: 512), or that does not fit the model's positions, is
-    dropped: cutting it would cut off its answer, which stands last.  So is a decoder's sample without a prompt: nothing would
-    predict its first label token."""
+    A sample whose input or label exceeds max_length tokens (paper: 512), or that does not fit the model's positions (0: no
+    bound), is dropped: cutting it would cut off its answer, which stands last.  So is a decoder's sample without a prompt:
+    nothing would predict its first label token.  Raises UserError where no sample is left."""
     samples, dropped = [], []
     for sample_index, prompt, label in zip(data["sample_index"], data["input"], data["label"]):
         prompt_ids = encode_prompt(tokenizer, family, prompt)
@@ -76,6 +87,9 @@ def encode(tokenizer, family, data, max_length, max_positions=None):
             dropped.append(sample_index)
         else:
             samples.append(Sample(sample_index, prompt_ids, label_ids))
+    if not samples:
+        raise UserError(f"no sample is left to train on: all {len(dropped)} exceed {max_length} tokens or the model's positions; "
+                        "raise --max_length")
     return samples, dropped
 
 
@@ -87,14 +101,27 @@ def global_batches(n, batch_size, seed, epoch):
     return [order[i:i + batch_size] for i in range(0, n, batch_size)]
 
 
-def micro_batches(batch, micro_batch_size, world_size):
-    """Regroup the samples of a global batch, by length, into micro-batches: a multiple of world_size, some may be empty.
+def length(sample):
+    return len(sample.prompt) + len(sample.label)
 
-    Rows of like length need little padding.  The optimizer step is a sum over all of them, so the grouping does not
-    change what it sees; rank r takes every world_size-th from the r-th on."""
-    by_length = sorted(batch, key=lambda s: (len(s.prompt) + len(s.label), s.sample_index))
-    groups = world_size * math.ceil(len(batch) / (world_size * micro_batch_size))
-    return [by_length[i * len(batch) // groups:(i + 1) * len(batch) // groups] for i in range(groups)]
+
+def micro_batches(batch, args, packing, world_size):
+    """Regroup the samples of a global batch into micro-batches: a multiple of world_size of them, some may be empty.
+
+    None has more than micro_batch_size samples or, unless it is a single one, micro_tokens tokens (padding included; 0: no
+    bound).  Padded rows should be of like length, packed ones should give every rank equally much to do.  The optimizer
+    step is a sum over all samples, so the grouping does not change what it sees; rank r takes every world_size-th from r on."""
+    by_length = sorted(batch, key=lambda s: (-length(s), s.sample_index))
+    for groups in range(world_size, world_size * (len(batch) + 1), world_size):
+        parts = [by_length[i * len(batch) // groups:(i + 1) * len(batch) // groups] for i in range(groups)]
+        if packing:  # longest first, each to the group with the fewest tokens so far
+            parts = [[] for _ in range(groups)]
+            for sample in by_length:
+                min(parts, key=lambda part: (sum(map(length, part)), len(part))).append(sample)
+        tokens = [sum(map(length, part)) if packing else len(part) * max(map(length, part), default=0) for part in parts]
+        if all(len(part) <= 1 or len(part) <= (args.micro_batch_size or len(part)) and size <= (args.micro_tokens or size)
+               for part, size in zip(parts, tokens)):
+            return parts
 
 
 def pad(rows, value):
@@ -118,8 +145,6 @@ def collate(samples, family, pad_id, start_id):
     return inputs, pad([[1] * len(s.label) for s in samples], 0).bool(), targets
 
 
-# ---------------- One optimizer step
-
 def label_logits(model, inputs, keep):
     """(N, V) logits at the positions that keep (B, T) marks.
 
@@ -133,221 +158,343 @@ def label_logits(model, inputs, keep):
         hook.remove()
 
 
-def micro_loss(model, samples, collate_arguments, device, autocast):
-    """-> loss of a micro-batch, summed (not averaged) over its label tokens, in fp32."""
-    inputs, keep, targets = collate(samples, *collate_arguments)
-    with torch.autocast(device.type, **autocast):
-        logits = label_logits(model, {k: v.to(device) for k, v in inputs.items()}, keep.to(device))
-    return F.cross_entropy(logits.float(), targets.to(device), reduction="sum")
+# ---------------- Packing: the samples of a micro-batch end to end in one row, so no token is padding
+
+PACKED = {}  # of the forward pass under way: tokens in the row -> tokens of each sample; id of a position bias -> it and its blocks
 
 
-def optimizer_step(model, optimizer, scaler, batch, step, args, collate_arguments, ranks, autocast):
-    """One step on a global batch; -> its loss, averaged over all label tokens of the batch.
+def collate_packed(samples, family, pad_id, start_id):
+    """As collate, but (1, T): position_ids restart at each sample, and attend_per_sample keeps the samples apart."""
+    PACKED.clear()
+    parts = [collate([s], family, pad_id, start_id) for s in samples]
+    inputs = {k: torch.cat([part[k] for part, _, _ in parts], 1) for k in parts[0][0] if k != "attention_mask"}
+    for k in inputs:
+        PACKED[inputs[k].shape[1]] = [part[k].shape[1] for part, _, _ in parts]
+    if family == "decoder":
+        inputs["position_ids"] = torch.cat([torch.arange(n) for n in PACKED[inputs["input_ids"].shape[1]]])[None]
+    elif len(PACKED) == 1:  # prompts and labels have as many tokens: one token more, a sample of its own, tells the rows apart
+        lengths = [part["input_ids"].shape[1] for part, _, _ in parts] + [1]
+        inputs["input_ids"] = F.pad(inputs["input_ids"], (0, 1), value=pad_id)
+        PACKED[sum(lengths)] = lengths
+    return inputs, torch.cat([keep for _, keep, _ in parts], 1), torch.cat([targets for _, _, targets in parts])
+
+
+@torch.compiler.disable  # the lengths differ with every step
+def attend_per_sample(module, query, key, value, attention_mask, position_bias=None, **more):
+    """Attention in a packed row, (1, heads, T, width a head): each sample among its own tokens, by transformers' sdpa.
+
+    One call a sample costs the sum of their squared lengths; a mask over the row would cost the square of the sum."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    queries, keys = PACKED[query.shape[2]], PACKED[key.shape[2]]
+    biases = [None] * len(queries)
+    if position_bias is not None:  # T5's is relative: a sample's block on the diagonal is what it has alone
+        if id(position_bias) not in PACKED:  # all layers share it, so it is cut once
+            blocks = [row.split(keys, 3)[i] for i, row in enumerate(position_bias.split(queries, 2))]
+            PACKED[id(position_bias)] = position_bias, blocks  # it is kept, so that its id stays its own
+        biases = PACKED[id(position_bias)][1]
+    parts = [sdpa_attention_forward(module, q, k, v, None, position_bias=bias, **more)[0]
+             for q, k, v, bias in zip(query.split(queries, 2), key.split(keys, 2), value.split(keys, 2), biases)]
+    return torch.cat(parts, 1), None
+
+
+def can_pack(model, samples, ids):
+    """Whether packed samples get the logits they get alone: tried on the longest sample before another one, so that
+    absolute positions, sliding windows, states that run on, or masks of a model's own show up."""
+    from transformers import AttentionInterface
+    if model.config._attn_implementation != "sdpa":
+        return False
+    AttentionInterface.register("per_sample", attend_per_sample)
+    by_length = sorted(samples, key=length)
+    pair, was_training = [by_length[-1], by_length[len(by_length) // 2]], model.training
+    model.eval()
+    with torch.no_grad():
+        alone = torch.cat([label_logits(model, *collate([s], **ids)[:2]) for s in pair])
+        model.set_attn_implementation("per_sample")
+        packed = label_logits(model, *collate_packed(pair, **ids)[:2])
+        model.set_attn_implementation("sdpa")
+    model.train(was_training)
+    return packed.shape == alone.shape and bool((packed - alone).abs().max() <= 1e-3 * alone.abs().max())
+
+
+# ---------------- One optimizer step
+
+class Setup(NamedTuple):
+    """What stays the same from step to step."""
+    model: torch.nn.Module     # the student itself, to save and to evaluate
+    parallel: torch.nn.Module  # what is called: the same, or DDP around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: dict             # arguments of torch.autocast
+    packing: bool
+    collate: Callable          # samples -> (inputs, keep, targets), packed or padded
+
+
+def set_up(model, samples, ids, args, ranks):
+    """-> Setup.  ids: family, pad_id and start_id, as collate takes them."""
+    cpu, half = ranks.device.type == "cpu", torch.float16 if args.precision == "fp16" else torch.bfloat16
+    if cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives large blocks back to the kernel, which zeroes them page by page at the next step: up to 40% of the time
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX 0, M_TRIM_THRESHOLD none
+    torch.set_float32_matmul_precision("medium" if args.precision == "tf32" and cpu else "high" if args.precision == "tf32" else "highest")
+    packing = args.packing and can_pack(model, samples, ids)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        model.compile(dynamic=True)
+    if args.shard != "no":
+        parallel = shard(model, args, ranks, half)
+    else:
+        parallel = DistributedDataParallel(model.to(ranks.device)) if ranks.world_size > 1 else model.to(ranks.device)
+    # fused: one pass over the parameters.  With fp16 the scaler keeps small gradients from vanishing; disabled, it passes all through
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.precision == "fp16")
+    autocast = {"device_type": ranks.device.type, "dtype": half, "enabled": args.precision in ("bf16", "fp16")}
+    return Setup(model, parallel, optimizer, scaler, autocast, packing, functools.partial(collate_packed if packing else collate, **ids))
+
+
+def shard(model, args, ranks, half):
+    """Split weights, gradients and optimizer state over the ranks, block by block (FSDP2).  Raises UserError without ranks."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    if not dist.is_initialized() or args.precision == "fp16":
+        raise UserError("--shard splits the student over ranks: start it with torchrun, and not with --precision fp16 (bf16 works)")
+    options = {"mesh": dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world_size,))}
+    if args.precision == "bf16":  # weights travel and compute in half, gradients are summed in fp32
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    if args.shard == "cpu":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):  # Hugging Face's name for the class of a layer
+            fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def learning_rate(step, steps, args):
+    """Of step 1 .. steps: a line up to lr in the first `warmup` steps, then constant, or a line or half a cosine towards 0."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    done = (step - 1 - args.warmup) / (steps - args.warmup)
+    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+
+
+def micro_loss(setup, samples, device):
+    """-> loss of a micro-batch, summed (not averaged) over its label tokens, in fp32, and its tokens with padding."""
+    inputs, keep, targets = setup.collate(samples)
+    size = sum(ids.numel() for name, ids in inputs.items() if name.endswith("input_ids"))
+    size += 0 if "decoder_input_ids" in inputs else len(samples)  # a decoder's EOS is predicted, not read
+    with torch.autocast(**setup.autocast):
+        logits = label_logits(setup.parallel, {k: v.to(device) for k, v in inputs.items()}, keep.to(device))
+    return F.cross_entropy(logits.float(), targets.to(device), reduction="sum"), size
+
+
+def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
+    """One step on a global batch at the learning rate `rate`.  -> (its loss, averaged over all label tokens of the batch; the
+    gradient's norm, None where fp16 overflowed and the step was skipped; tokens computed, padding included; whether any
+    rank asks to stop).
 
     The loss of every micro-batch is a sum, divided by the label tokens of the *whole* step.  A mean of means would weigh
     a short rationale's tokens more than a long one's, and would change with the number of micro-batches.  DDP averages
-    gradients over ranks, hence the factor world_size."""
+    gradients over ranks, hence the factor world_size.  Raises UserError on a loss or gradient that is not finite."""
     label_tokens = sum(len(s.label) for s in batch)  # every rank has the whole batch: nothing to communicate
-    groups = list(enumerate(micro_batches(batch, args.micro_batch_size, ranks.world_size)))[ranks.rank::ranks.world_size]
-    total = torch.zeros((), device=ranks.device)
+    groups = list(enumerate(micro_batches(batch, args, setup.packing, ranks.world_size)))[ranks.rank::ranks.world_size]
+    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, tokens with padding, stop
+    total[2] = stop
     for i, (group, samples) in enumerate(groups):
         # Dropout masks depend on seed, step and micro-batch alone: a resumed run draws the same, and so do 1 rank with 2
         # micro-batches and 2 ranks with 1.  (Another grouping draws other masks; without dropout all groupings agree.)
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + group)
-        if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = i == len(groups) - 1  # ranks talk once a step, in the last backward
-        loss = micro_loss(model, samples or batch[:1], collate_arguments, ranks.device, autocast) / label_tokens
+        last = i == len(groups) - 1  # ranks talk once a step, in the last backward
+        if isinstance(setup.parallel, DistributedDataParallel):
+            setup.parallel.require_backward_grad_sync = last
+        elif args.shard != "no":
+            setup.parallel.set_requires_gradient_sync(last)
+        loss, tokens = micro_loss(setup, samples or batch[:1], ranks.device)
         if not samples:  # fewer samples than ranks: this rank takes part with a loss of zero, since all must
-            loss = loss * 0
-        scaler.scale(loss * ranks.world_size).backward()
-        total += loss.detach()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+            loss, tokens = loss * 0, 0
+        setup.scaler.scale(loss / label_tokens * ranks.world_size).backward()
+        total[0] += loss.detach() / label_tokens
+        total[1] += tokens
     if ranks.world_size > 1:
         dist.all_reduce(total)
-    return total.item()  # the one point where the CPU waits for a GPU
+    setup.scaler.unscale_(setup.optimizer)
+    parameters = [p for p in setup.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if args.shard != "no" else norm
+    loss, size, stop = total.tolist()  # the one point where the CPU waits for a GPU
+    if not math.isfinite(loss) or not norm.isfinite() and not setup.scaler.is_enabled():
+        raise UserError(f"the {'gradient' if math.isfinite(loss) else 'loss'} is {norm if math.isfinite(loss) else loss} at step {step} "
+                        f"(sample_index {', '.join(str(s.sample_index) for s in batch)}): lower --lr, or use --precision bf16 or fp32; "
+                        "the last checkpoint is kept")
+    if args.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, norm)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = rate
+    setup.scaler.step(setup.optimizer)
+    setup.scaler.update()
+    setup.optimizer.zero_grad(set_to_none=True)
+    return loss, norm.item() if norm.isfinite() else None, int(size), bool(stop)
 
 
-# ---------------- What goes in: a fine-tuning file, a student, a folder to write to
+# ---------------- What is kept: checkpoints (to resume), log.jsonl, and the student at the end
 
-def read_finetune_data(path):
-    """-> {"sample_index", "input", "label": lists of equal length} of a fine-tuning file, JSON or the openai JSON lines."""
-    if Path(path).suffix == ".jsonl":
-        rows = read_jsonl(path)
-        data = {"sample_index": list(range(len(rows)))}
-        for ours, theirs in (("input", "prompt"), ("label", "completion")):
-            data[ours] = [row.get(theirs) if isinstance(row, dict) else None for row in rows]
-    else:
-        data = read_json(path)
-    columns = [data.get(k) for k in ("sample_index", "input", "label")]
-    if not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) != 1 \
-            or not all(isinstance(x, kind) for c, kind in zip(columns, (int, str, str)) for x in c):
-        raise UserError(f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
-    if not columns[0]:
-        raise UserError(f"{path} holds no sample: there is nothing to train on")
-    return dict(zip(("sample_index", "input", "label"), columns))
+def whole_state(setup, state=None):
+    """-> (model, optimizer) state by parameter name, on rank 0 whole even where it is sharded; with state, set both to it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if not state:
+        return get_state_dict(setup.model, setup.optimizer, options=options)
+    set_state_dict(setup.model, setup.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
 
 
-def model_fingerprint(name):
-    """What a student is before training: of a folder its files' sizes and the ends of each; of a hub name, the name."""
-    if not Path(name).is_dir():
-        return name
-    seen = {}
-    for file in sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".bin", ".model")):
-        with open(file, "rb") as f:
-            head = f.read(1 << 20)
-            f.seek(max(0, file.stat().st_size - (1 << 20)))
-            seen[file.name] = [file.stat().st_size, hashlib.sha256(head + f.read()).hexdigest()]
-    return fingerprint(seen)
-
-
-def claim_student_folder(out, settings):
-    """Ready the folder of a student; -> "finished", "unfinished" (it can be resumed) or "new".  The student of a run with other
-    settings is kept aside, a stranger's folder refused."""
-    note = read_json(out / "run.json") if (out / "run.json").exists() else None
-    if note is None and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no run of this program: choose another --out")
-    if note is not None and note.get("settings") == settings and not note.get("finished"):
-        print(f"train: going on with the unfinished run in {out}")
-        return "unfinished"
-    if note is not None:
-        if is_current("train", out, note.get("settings"), settings):
-            return "finished"
-        keep_aside(out)
-    write_json(out / "run.json", {"finished": False, "settings": settings})
-    return "new"
-
-
-# ---------------- What is kept: checkpoint.pt (to resume), log.jsonl, and the student at the end
-
-def save_checkpoint(path, model, optimizer, scaler, epoch, step):
-    """Weights, optimizer, scaler and position, in one file that is swapped in whole.
-    There is no random state to keep: order and dropout are functions of seed, epoch and step."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "epoch": epoch, "step": step}
+def save_checkpoint(out, setup, step, args, ranks):
+    """checkpoint_<step>.pt: weights, optimizer, scaler, step; renamed into place when whole, then older ones beyond --keep go.
+    There is no random state to keep: order and dropout are functions of seed, epoch and step.  Every rank must call it."""
+    model, optimizer = whole_state(setup)
+    if not ranks.is_master:
+        return
+    path = out / f"checkpoint_{step:08d}.pt"
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(state, f)
+            torch.save({"model": model, "optimizer": optimizer, "scaler": setup.scaler.state_dict(), "step": step}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except RuntimeError as e:  # torch's name for a full disk
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): the checkpoint before it is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
+    for old in sorted(out.glob("checkpoint_*.pt"))[:-args.keep]:
+        old.unlink()
 
 
-def load_checkpoint(path, model, optimizer, scaler, device):
-    """-> (epoch, step) that the checkpoint had reached; (0, 0) where there is none."""
-    if not path.exists():
-        return 0, 0
-    state = torch.load(path, map_location=device, weights_only=True)  # weights_only: a checkpoint can run no code
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["epoch"], state["step"]
+def load_checkpoint(out, setup):
+    """-> the step that the newest checkpoint had reached; 0 where there is none.  Weights and optimizer are set to it."""
+    paths = sorted(out.glob("checkpoint_*.pt"))
+    if not paths:
+        return 0
+    state = torch.load(paths[-1], map_location="cpu", weights_only=True)  # weights_only: a checkpoint can run no code
+    whole_state(setup, state)
+    setup.scaler.load_state_dict(state["scaler"])
+    return state["step"]
 
 
 def start_log(path, step, args, settings, ranks):
-    """Begin log.jsonl with what made it, or, on resuming, drop what was logged after the checkpoint's step."""
-    if step and path.exists():
-        kept = [r for r in read_jsonl(path) if r.get("step", 0) <= step]
-        write_whole(path, "".join(json.dumps(r) + "\n" for r in kept))
+    """Begin log.jsonl with what made it, or, on resuming, drop what was logged after the checkpoint's step.  -> rows of steps"""
+    rows = []
+    if step and path.exists():  # a kill may have torn its last line
+        rows = [row for line in read_text(path).split("\n") if line.endswith("}") and (row := json.loads(line)).get("step", 0) <= step]
+    if not rows:
+        import transformers
+        git = shutil.which("git")
+        commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        rows = [{"command": sys.argv, "arguments": vars(args), "settings": settings, "torch": torch.__version__, "ranks": ranks.world_size,
+                 "transformers": transformers.__version__, "device": device, "commit": commit or None}]
+    if ranks.is_master:
+        write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+    return [row for row in rows if "loss" in row]
+
+
+def log(out, ranks, **record):
+    """Append a record to log.jsonl, on rank 0."""
+    if ranks.is_master:
+        with open(out / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+def save_student(setup, tokenizer, out, settings, args, ranks):
+    """The student as a Hugging Face folder, sharded or not; run.json comes last and marks it as whole.  Every rank must call it."""
+    weights = whole_state(setup)[0] if args.shard != "no" else None
+    if not ranks.is_master:
         return
-    import transformers
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    write_whole(path, json.dumps({"command": sys.argv, "arguments": vars(args), "settings": settings, "torch": torch.__version__,
-                                  "transformers": transformers.__version__, "device": device, "ranks": ranks.world_size,
-                                  "commit": commit or None}, default=str) + "\n")
-
-
-def log(path, **record):
-    with open(path, "a") as f:
-        f.write(json.dumps(record) + "\n")
-
-
-def save_student(model, tokenizer, out, settings):
-    """The student as a Hugging Face folder; run.json comes last and marks it as whole."""
+    for name in setup.model.all_tied_weights_keys if weights else ():  # to Hugging Face, a tied weight is there once
+        weights.pop(name, None)
     temporary = out / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    setup.model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
         os.replace(file, out / file.name)
     temporary.rmdir()
     write_json(out / "run.json", {"finished": True, "settings": settings})
-    (out / "checkpoint.pt").unlink(missing_ok=True)  # three times the weights, and no longer needed
+    for checkpoint in out.glob("checkpoint_*.pt"):  # three times the weights, and no longer needed
+        checkpoint.unlink()
 
 
 # ---------------- The loop
 
+def status(rows, steps, seconds, device):
+    """One aligned line about the steps of these log rows: rates, memory so far, what is left.  The loss is the mean over label tokens."""
+    labels, tokens, size = (sum(row[k] for row in rows) for k in ("label_tokens", "tokens", "size"))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    skipped, last = sum(row["grad_norm"] is None for row in rows), rows[-1]
+    return (f"epoch {last['epoch']:3d}  step {last['step']:6d}/{steps}  loss {mean_loss(rows):.4f}  lr {last['lr']:.1e}  norm "
+            f"{last['grad_norm'] or math.inf:7.3f}  {labels / seconds:6.0f} label tokens/s  {tokens / seconds:6.0f} tokens/s  padding "
+            f"{100 - 100 * tokens / size:3.0f}%  {peak / 2**20:6.0f} MB  {seconds:6.1f} s  left {(steps - last['step']) * seconds / len(rows) / 60:5.1f} min"
+            + (f"  {skipped} steps skipped (fp16 overflow)" if skipped else ""))
+
+
+def mean_loss(rows):
+    return sum(row["loss"] * row["label_tokens"] for row in rows) / sum(row["label_tokens"] for row in rows)
+
+
 def train(model, tokenizer, family, data, out, args, settings, ranks):
     """Fine-tune model on data; yield after each epoch (1, 2, ...; on resuming, first the epoch reached); save to out.
 
-    args: epochs, batch_size (samples per optimizer step), micro_batch_size (samples per forward pass and rank, a bound on
-    memory), lr, weight_decay, seed, precision (fp32, tf32, bf16, fp16), max_length, checkpoint_every (epochs; 0: never).
-    The paper: 20 epochs, batch 8, AdamW lr 3e-4, no schedule, no clipping (appendix).  Raises UserError on a set without
-    a usable sample and on a loss that is not finite."""
-    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)  # 0: no bound
+    args: the training flags of finetune_cot.py.  The paper: 20 epochs, batch 8, AdamW lr 3e-4, no schedule, no clipping
+    (appendix).  Raises UserError on a set without a usable sample, on a loss that is not finite, and, after a checkpoint,
+    on SIGTERM."""
+    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)
     samples, dropped = encode(tokenizer, family, data, args.max_length, positions)
-    say = print if ranks.is_master else (lambda *_, **__: None)
     if dropped:
-        say(f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than the "
-            f"model): sample_index {', '.join(map(str, dropped[:10]))}{', ...' if len(dropped) > 10 else ''}")
-    if not samples:
-        raise UserError(f"no sample is left to train on: all {len(dropped)} exceed {args.max_length} tokens or the model's positions; "
-                        "raise --max_length")
-
-    start_id = model.config.decoder_start_token_id if family == "encoder_decoder" else None
+        say(ranks, f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than "
+                   f"the model): sample_index {', '.join(map(str, dropped[:10]))}{', ...' if len(dropped) > 10 else ''}")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # masked, so any id will do
-    collate_arguments = (family, pad_id, start_id)
-    model.to(ranks.device).train()
-    if args.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-    half = torch.float16 if args.precision == "fp16" else torch.bfloat16
-    autocast = {"dtype": half, "enabled": args.precision in ("bf16", "fp16")}
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.precision == "fp16")  # disabled, it passes everything through
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
+    ids = {"family": family, "pad_id": pad_id, "start_id": getattr(model.config, "decoder_start_token_id", None)}
+    setup = set_up(model, samples, ids, args, ranks)
+    epoch_steps = math.ceil(len(samples) / args.batch_size)
+    steps, step = args.epochs * epoch_steps, load_checkpoint(out, setup)
+    rows = start_log(out / "log.jsonl", step, args, settings, ranks)  # one for every step so far
+    micro = micro_batches(sorted(samples, key=length)[-args.batch_size:], args, setup.packing, ranks.world_size)
+    say(ranks, f"{len(samples)} samples, {args.epochs} epochs of {epoch_steps} steps; batch {args.batch_size} = {ranks.world_size} rank(s) x "
+               f"{len(micro) // ranks.world_size} micro-batch(es) of up to {max(map(len, micro))}, {'packed' if setup.packing else 'padded'}; "
+               f"{args.precision} on {ranks.device}" + (f"; going on after step {step} of {steps}" if step else ""))
+    if step and step % epoch_steps == 0:
+        yield step // epoch_steps
 
-    checkpoint, log_path = out / "checkpoint.pt", out / "log.jsonl"
-    first_epoch, step = load_checkpoint(checkpoint, model, optimizer, scaler, ranks.device)
-    if ranks.is_master:
-        start_log(log_path, step, args, settings, ranks)
-    steps = math.ceil(len(samples) / args.batch_size)
-    say(f"{len(samples)} samples, {args.epochs} epochs of {steps} steps; batch {args.batch_size} = {ranks.world_size} rank(s) x "
-        f"{math.ceil(args.batch_size / ranks.world_size / args.micro_batch_size)} micro-batch(es) of up to "
-        f"{min(args.micro_batch_size, math.ceil(args.batch_size / ranks.world_size))}; {args.precision} on {ranks.device}", flush=True)
-    parallel = DistributedDataParallel(model) if ranks.world_size > 1 else model
-    if first_epoch:
-        say(f"going on after epoch {first_epoch} of {args.epochs}")
-        yield first_epoch
-
-    for epoch in range(first_epoch + 1, args.epochs + 1):
+    for epoch in range(step // epoch_steps + 1, args.epochs + 1):
         model.train()
-        batches = global_batches(len(samples), args.batch_size, args.seed, epoch)
-        losses, tokens, start = [], 0, time.perf_counter()
+        if setup.packing:
+            model.set_attn_implementation("per_sample")
+        terminated = []
+        on_sigterm = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+        start = said = time.perf_counter()
+        batches = global_batches(len(samples), args.batch_size, args.seed, epoch)[step % epoch_steps:]
         for positions in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
             step, batch = step + 1, [samples[i] for i in positions]
-            loss = optimizer_step(parallel, optimizer, scaler, batch, step, args, collate_arguments, ranks, autocast)
-            if not math.isfinite(loss):  # gradients that overflow in fp16 are skipped by the scaler; a loss never recovers
-                raise UserError(f"the loss is {loss} at step {step} (epoch {epoch}, sample_index "
-                                f"{', '.join(str(s.sample_index) for s in batch)}): lower --lr or use --precision bf16 or fp32; "
-                                "the last checkpoint is kept")
-            losses.append((loss, sum(len(s.label) for s in batch)))
-            tokens += sum(len(s.prompt) + len(s.label) for s in batch)
-            if ranks.is_master:
-                log(log_path, step=step, epoch=epoch, loss=loss, lr=args.lr, label_tokens=losses[-1][1])
-        seconds, label_tokens = time.perf_counter() - start, sum(n for _, n in losses)
-        epoch_loss = sum(loss * n for loss, n in losses) / label_tokens
-        if ranks.is_master:
-            log(log_path, epoch=epoch, step=step, epoch_loss=epoch_loss, tokens=tokens, seconds=round(seconds, 3))
-            if args.checkpoint_every and epoch % args.checkpoint_every == 0 and epoch < args.epochs:
-                save_checkpoint(checkpoint, model, optimizer, scaler, epoch, step)
-            if epoch == args.epochs:
-                save_student(model, tokenizer, out, settings)
+            rate = learning_rate(step, steps, args)
+            loss, norm, size, stop = optimizer_step(setup, batch, step, rate, args, ranks, bool(terminated))
+            rows.append({"step": step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm,
+                         "label_tokens": sum(len(s.label) for s in batch), "tokens": sum(map(length, batch)), "size": size})
+            log(out, ranks, **rows[-1])
+            if args.log_every and step % args.log_every == 0:
+                say(ranks, status(rows[-args.log_every:], steps, time.perf_counter() - said, ranks.device))
+                said = time.perf_counter()
+            if stop or args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
+                save_checkpoint(out, setup, step, args, ranks)
+            if stop:
+                raise UserError(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
+        signal.signal(signal.SIGTERM, on_sigterm)
+        if setup.packing:
+            model.set_attn_implementation("sdpa")
+        seconds = time.perf_counter() - start
+        say(ranks, status(rows[-len(batches):], steps, seconds, ranks.device))
+        epoch_rows = [row for row in rows if row["epoch"] == epoch]
+        log(out, ranks, step=step, epoch=epoch, epoch_loss=mean_loss(epoch_rows), seconds=round(seconds, 3))
+        if epoch == args.epochs:
+            save_student(setup, tokenizer, out, settings, args, ranks)
+        elif args.checkpoint_every and epoch % args.checkpoint_every == 0:
+            save_checkpoint(out, setup, step, args, ranks)
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
-        say(f"epoch {epoch:3d}/{args.epochs}  step {step:6d}  loss {epoch_loss:.4f}  {tokens / seconds:7.0f} tokens/s  "
-            f"{seconds:6.1f} s", flush=True)
         yield epoch

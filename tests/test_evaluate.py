@@ -7,9 +7,9 @@ import torch
 
 import evaluate
 import tasks
-from data import toy
+from data import files, toy
 from conftest import KINDS, run, tiny_model, tiny_tokenizer
-from tasks import UserError
+from data.files import UserError
 
 PUBLISHED = {"multiarith": 78.79, "coin_flip": 90.04, "date_understanding": 67.58, "strategy_qa": 53.45, "svamp": 64.20}
 PROMPTS = ["a", "count to ten ###", "Q: What is 3 + 4?\n\nA:", "x" * 60, "How many?", "b c d e f g", "0 1 2 3 4 5 6 7 8 9 10 11 12 13"]
@@ -130,7 +130,7 @@ def test_generate_writes_the_rows_it_read_in_order_with_completion_and_reason(tm
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = run("evaluate.py", "generate", "--model", model_folder("gpt2"), "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
-    out = tasks.read_jsonl(tmp_path / "out.jsonl")
+    out = files.read_jsonl(tmp_path / "out.jsonl")
     assert [{k: r[k] for k in ("prompt", "id", "max_new_tokens")} for r in out] == rows
     assert all(r["finish_reason"] in ("stop", "length") and isinstance(r["completion"], str) for r in out)
 
@@ -163,7 +163,7 @@ def completion_file(path, n=2000, correct=lambda i: True, **metadata):
     samples = toy.toy_samples(n)
     data = {str(s["sample_index"]): [{**{k: s[k] for k in ("sample_index", "question", "answer")}, "completion_index": 0, "finish_reason": "stop",
                                       "completion": s["answer"] if correct(s["sample_index"]) else "?"}] for s in reversed(samples)}
-    tasks.write_json(path, {"metadata": {"dataset_key": "toy", "base_model": "m", "completion_key": "zs", "prediction_template": "zs", **metadata}, "data": data})
+    files.write_json(path, {"metadata": {"dataset_key": "toy", "base_model": "m", "completion_key": "zs", "prediction_template": "zs", **metadata}, "data": data})
     return path
 
 
@@ -214,9 +214,9 @@ def test_a_file_that_lacks_samples_is_no_result_unless_asked(tmp_path):
     (lambda d: d["metadata"].update(dataset_key=["toy"]), "dataset_key in its metadata is")])
 def test_completions_that_do_not_belong_are_found_and_named(tmp_path, change, message):
     path = completion_file(tmp_path / "f.json")
-    content = tasks.read_json(path)
+    content = files.read_json(path)
     change(content)
-    tasks.write_json(path, content)
+    files.write_json(path, content)
     with pytest.raises(UserError, match=message):
         evaluate.score(path)
 

@@ -13,7 +13,7 @@ import pytest
 import evaluate
 import finetune_cot
 import tasks
-from data import toy
+from data import files, toy
 from conftest import ROOT, run, tiny_model
 
 
@@ -174,7 +174,7 @@ def test_curating_the_published_completions_gives_the_published_fine_tuning_file
 
 def test_a_correct_rationale_is_kept_whole_and_labelled_with_the_gold_answer(published, capsys):
     method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
-    data = tasks.read_json(Path(published[1]) / "finetune_data/P_decoder/F_zs_cot_multiarith.json")
+    data = files.read_json(Path(published[1]) / "finetune_data/P_decoder/F_zs_cot_multiarith.json")
     gold = {s["sample_index"]: s["answer"] for s in tasks.load("multiarith", published[3])}
     assert all(label.endswith(f" --> {gold[i]}") and text.endswith(" ###") for i, text, label in zip(*data.values()))
 
@@ -202,20 +202,20 @@ def test_completions_of_another_task_are_refused(published, capsys):
 
 def test_completions_whose_questions_are_not_the_benchmark_s_are_refused(published, capsys):
     path = Path(published[1]) / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
-    content = tasks.read_json(path)
+    content = files.read_json(path)
     content["data"]["7"][0]["question"] = "What is 3 + 4?"
-    tasks.write_json(path, content)
+    files.write_json(path, content)
     message, _ = method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
     assert "sample 7 is not sample 7 of multiarith" in message
 
 
 def test_an_empty_set_after_curation_is_refused_and_leaves_no_file(published, capsys):
     path = Path(published[1]) / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
-    content = tasks.read_json(path)
+    content = files.read_json(path)
     for rows in content["data"].values():
         for row in rows:
             row["completion"] = "no idea"
-    tasks.write_json(path, content)
+    files.write_json(path, content)
     message, _ = method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
     assert message.startswith("error: no correct rationale is left for multiarith") and not (Path(published[1]) / "finetune_data").exists()
 
@@ -286,7 +286,7 @@ def test_bad_input_gets_one_clear_sentence_and_a_failing_exit(flags, sentence, t
     (tmp_path / "stranger" / "thesis.txt").write_text("precious")
     finetune_file(tmp_path / "good.json")
     (tmp_path / "list.json").write_text("[1]")
-    tasks.write_json(tmp_path / "odd" / "run.json", [1])
+    files.write_json(tmp_path / "odd" / "run.json", [1])
     (tmp_path / "torn.json").write_text('{"sample_index": [0')
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a", "completion": " b"}\n{"prompt"\n')
     finetune_file(tmp_path / "uneven.json", label=[])
@@ -325,13 +325,13 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, capsys
                "--epochs", "12"]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("epoch   1/12"):
+        if line.startswith("epoch   1  step"):
             process.send_signal(2)
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.strip().splitlines()[-1].startswith("interrupted: what is finished is kept") and "Traceback" not in errors
     message, out = method(capsys, *command[2:])
-    assert message is None and re.search(r"going on after epoch \d+ of 12", out)
+    assert message is None and re.search(r"going on after step \d+ of 600", out)
 
 
 # ---------------------------------------------------------------- start-up

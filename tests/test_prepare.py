@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import prepare  # noqa: E402
 import tasks  # noqa: E402
+from data import files  # noqa: E402
 
 SHARED = os.environ.get("FINETUNE_COT_SHARED")
 needs_mirror = pytest.mark.skipif(not SHARED, reason="FINETUNE_COT_SHARED is not set: no raw benchmark files to build from")
@@ -88,7 +89,7 @@ def world(monkeypatch):
 @pytest.fixture
 def mirror(world, tmp_path):
     for path, content in RAW.items():
-        tasks.write_whole(tmp_path / "mirror" / path, content)
+        files.write_whole(tmp_path / "mirror" / path, content)
     return tmp_path / "mirror"
 
 
@@ -366,7 +367,7 @@ def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
 
 
 def test_whole_part_is_taken_when_the_last_run_stopped_before_the_renaming(server, tmp_path):
-    tasks.write_whole(tmp_path / "raw/me/coins/c0ffee/coins.json.part", COINS)
+    files.write_whole(tmp_path / "raw/me/coins/c0ffee/coins.json.part", COINS)
     assert run(tmp_path, "coin_flip") == 0
     assert not list(tmp_path.rglob("*.part"))
 
@@ -374,7 +375,7 @@ def test_whole_part_is_taken_when_the_last_run_stopped_before_the_renaming(serve
 @pytest.mark.parametrize("part", [b"", b"rubbish", b"x" * (len(COINS) + 1)])
 def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_path, capsys, part):
     server["files"]["me/coins/c0ffee/coins.json"] = COINS if part else COINS[::-1]
-    tasks.write_whole(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
+    files.write_whole(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
     assert run(tmp_path, "coin_flip") == 1
     assert "thrown away" in error_of(capsys) and files_under(tmp_path) == []
     server["files"] = dict(RAW)
@@ -383,7 +384,7 @@ def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_
 
 def test_damaged_raw_file_of_an_earlier_run_is_named(server, tmp_path, capsys):
     path = tmp_path / "raw/me/coins/c0ffee/coins.json"
-    tasks.write_whole(path, COINS[:-1])
+    files.write_whole(path, COINS[:-1])
     assert run(tmp_path, "coin_flip") == 1
     assert f"{path} has SHA-256" in (error := error_of(capsys)) and "delete it" in error
 
@@ -422,7 +423,7 @@ def test_stop_while_writing_leaves_nothing_half_written(mirror, tmp_path, monkey
 def test_full_disk_is_one_sentence(mirror, tmp_path, capsys, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
-    monkeypatch.setattr(tasks, "write_whole", full)
+    monkeypatch.setattr(files, "write_whole", full)
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
     assert "coin_flip.json cannot be read or written (No space left on device)" in error_of(capsys)
 
@@ -435,7 +436,7 @@ def riddles(world, monkeypatch, tmp_path):
     """A benchmark that a user added: a row in tasks.py and a file of 20 samples."""
     monkeypatch.setitem(tasks.TASKS, "riddles", tasks.TASKS["toy"]._replace(key="riddles", n=999, train=0, test=0, split="random"))
     path = tmp_path / "dataset/riddles.json"
-    tasks.write_whole(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
+    files.write_whole(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
     return path
 
 
@@ -489,7 +490,7 @@ def test_added_task_is_not_prepared_unless_named(riddles, mirror, tmp_path, caps
 def test_key_that_leads_out_of_the_folder_is_refused(world, monkeypatch, tmp_path, capsys, key):
     monkeypatch.setitem(tasks.TASKS, key, tasks.TASKS["toy"]._replace(key=key))
     assert prepare.inside(tmp_path, "dataset/x..y.json") == tmp_path / "dataset/x..y.json"
-    with pytest.raises(tasks.UserError, match="leads out of"):
+    with pytest.raises(files.UserError, match="leads out of"):
         prepare.inside(tmp_path, key)
     assert run(tmp_path / "out", key) == 1
     error_of(capsys)

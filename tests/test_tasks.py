@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import tasks
-from data import toy
+from data import files, toy
 from conftest import ROOT
-from tasks import UserError
+from data.files import UserError
 
 SIZES = {"single_eq": (356, 152), "addsub": (276, 119), "multiarith": (420, 180), "gsm8k": (7473, 1319), "aqua": (10000, 254), "svamp": (700, 300),
          "tracking_shuffled_objects": (525, 225), "date_understanding": (258, 111), "coin_flip": (350, 150), "last_letter_concatenation": (350, 150),
@@ -150,7 +150,7 @@ def test_few_shot_splits_are_nested_parts_of_the_training_set():
 
 def test_the_eight_few_shot_indices_are_those_the_published_file_samples_repeatedly(shared, tmp_path):
     train, _ = tasks.default_split("multiarith")
-    tasks.write_json(tmp_path / "split" / "multiarith__default.json", {"train": train, "test": tasks.default_split("multiarith")[1]})
+    files.write_json(tmp_path / "split" / "multiarith__default.json", {"train": train, "test": tasks.default_split("multiarith")[1]})
     data = json.loads((shared / "saved/completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json").read_text())["data"]
     assert tasks.load_split("multiarith", "few_shot_8", tmp_path)[0] == sorted(int(i) for i, rows in data.items() if len(rows) > 1)
 
@@ -207,22 +207,22 @@ def test_the_toy_teacher_is_wrong_once_in_five_varies_with_temperature_and_repea
 @pytest.mark.parametrize("name, key", [("gpt2", "gpt2"), ("google/flan-t5-base", "google_flan-t5-base"), ("text-davinci-002", "text-davinci-002"),
                                        ("ft:gpt-4o:me::id", "ft:gpt-4o:me::id")])
 def test_model_names_become_file_names(name, key):
-    assert tasks.safe_key(name) == key
+    assert files.safe_key(name) == key
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "a/../../b", "/etc/passwd", "", "a\0b", "x" * 200, ".hidden", "-flag", "a b", "caf\u00e9", "a\nb"])
 def test_names_that_would_leave_their_folder_are_refused(name):
     with pytest.raises(UserError, match="cannot be used as a name"):
-        tasks.safe_key(name)
+        files.safe_key(name)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    tasks.write_whole(tmp_path / "f", "old")
+    files.write_whole(tmp_path / "f", "old")
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        tasks.write_whole(tmp_path / "f", "new")
+        files.write_whole(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old" and os.listdir(tmp_path) == ["f"]
 
 
@@ -230,15 +230,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_malformed_json_is_named(tmp_path, content, message):
     (tmp_path / "f.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"f\.json.*{message}"):
-        tasks.read_json(tmp_path / "f.json")
+        files.read_json(tmp_path / "f.json")
 
 
 def test_malformed_json_lines_are_named_with_their_line_and_only_newlines_end_a_line(tmp_path):
     (tmp_path / "f.jsonl").write_text('\ufeff{"a": "x\u2028y"}\r\n\n{"a": 2}')
-    assert [row["a"] for row in tasks.read_jsonl(tmp_path / "f.jsonl")] == ["x\u2028y", 2]
+    assert [row["a"] for row in files.read_jsonl(tmp_path / "f.jsonl")] == ["x\u2028y", 2]
     (tmp_path / "f.jsonl").write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(UserError, match=r"f\.jsonl, line 2 is not valid JSON"):
-        tasks.read_jsonl(tmp_path / "f.jsonl")
+        files.read_jsonl(tmp_path / "f.jsonl")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -246,7 +246,7 @@ def test_malformed_json_lines_are_named_with_their_line_and_only_newlines_end_a_
     ({"metadata": {}, "data": [{"sample_index": 0, "question": "q", "answer": 5}]}, "sample 0 needs"),
     ({"metadata": {}, "data": [{"sample_index": 1, "question": "q", "answer": "5"}]}, "sample 0 needs")])
 def test_a_dataset_of_the_wrong_form_is_refused(tmp_path, content, message):
-    tasks.write_json(tmp_path / "dataset" / "multiarith.json", content)
+    files.write_json(tmp_path / "dataset" / "multiarith.json", content)
     with pytest.raises(UserError, match=message):
         tasks.load("multiarith", tmp_path)
 
@@ -254,7 +254,7 @@ def test_a_dataset_of_the_wrong_form_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize("split", [{"train": [0, 600], "test": [1]}, {"train": [-1], "test": [1]}, {"train": [], "test": [1]}, {"train": [1], "test": []},
                                    {"train": [0, 0], "test": [1]}, {"train": [0], "test": [0]}, {"train": ["0"], "test": [1]}, {"train": 3, "test": [1]}, {}])
 def test_a_split_of_the_wrong_form_is_refused(tmp_path, split):
-    tasks.write_json(tmp_path / "split" / "multiarith__default.json", split)
+    files.write_json(tmp_path / "split" / "multiarith__default.json", split)
     with pytest.raises(UserError, match="is not a split of multiarith: .* from 0 to 599"):
         tasks.load_split("multiarith", "default", tmp_path)
 
@@ -275,29 +275,29 @@ def test_importing_tasks_imports_neither_torch_nor_numpy():
 
 def test_a_journal_keeps_every_row_once_drops_a_torn_line_and_refuses_a_second_writer(tmp_path):
     path = tmp_path / "journal.jsonl"
-    journal = tasks.Journal(path)
+    journal = files.Journal(path)
     journal.append([{"key": "a", "x": 1}, {"key": "b", "x": "\u2028\n"}, {"key": "a", "x": 2}])
     journal.append([{"key": "b", "x": 3}, {"key": "c", "x": 4}])
     with pytest.raises(UserError, match="another run"):
-        tasks.Journal(path)
+        files.Journal(path)
     journal.close()
     whole = path.read_bytes()
     rows = {"a": {"key": "a", "x": 1}, "b": {"key": "b", "x": "\u2028\n"}, "c": {"key": "c", "x": 4}}
     for cut in range(len(whole) + 1):  # wherever a kill tears it
         path.write_bytes(whole[:cut])
-        journal = tasks.Journal(path)
+        journal = files.Journal(path)
         assert list(journal.rows.items()) == list(rows.items())[:whole[:cut].count(b"\n")]
         journal.append(list(rows.values()))
         journal.close()
         assert path.read_bytes() == whole
     path.write_bytes(whole.replace(b'"b"', b'"b'))
     with pytest.raises(UserError, match="line 2"):
-        tasks.Journal(path)
+        files.Journal(path)
 
 
 def test_a_full_disk_leaves_a_journal_without_a_half_line(tmp_path):
-    code = ("import resource, signal, sys, tasks\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\njournal = tasks.Journal(sys.argv[1])\n"
+    code = ("import resource, signal, sys\nfrom data import files\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\njournal = files.Journal(sys.argv[1])\n"
             "for i in range(99): journal.append([{'key': i}])\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "j.jsonl")], cwd=ROOT, capture_output=True, text=True)
-    assert "OSError" in done.stderr and list(tasks.Journal(tmp_path / "j.jsonl").rows) == list(range(9))
+    assert "OSError" in done.stderr and list(files.Journal(tmp_path / "j.jsonl").rows) == list(range(9))

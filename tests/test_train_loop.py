@@ -1,6 +1,10 @@
 """The training loop against a plain one: pad, the model's own loss, one process.   python -m pytest tests/test_train_loop.py"""
 import argparse
 import json
+import math
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,17 +12,20 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_loop
 from conftest import KINDS, ROOT, tiny_model, tiny_tokenizer
-from tasks import UserError
+from data.files import UserError
 
 ONE_RANK = train_loop.Ranks(0, 1, torch.device("cpu"))
 
 
 def arguments(**changes):
     return argparse.Namespace(**{"epochs": 2, "batch_size": 8, "micro_batch_size": 8, "lr": 1e-3, "weight_decay": 0.01, "seed": 0, "precision": "fp32",
-                                 "max_length": 512, "checkpoint_every": 1, **changes})
+                                 "max_length": 512, "checkpoint_every": 1, "checkpoint_steps": 0, "keep": 1, "micro_tokens": 0, "packing": True,
+                                 "schedule": "constant", "warmup": 0, "max_grad_norm": 0.0, "gradient_checkpointing": False, "compile": False, "shard": "no",
+                                 "log_every": 0, **changes})
 
 
 def toy_data(n=20):
@@ -59,21 +66,32 @@ class KeepGradients(torch.optim.SGD):
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def step_loss_and_gradients(model, samples, micro_batch_size, family):
+def step_loss_and_gradients(model, samples, **changes):
+    args = arguments(**changes)
+    ids = {"family": family_of(model), "pad_id": 1, "start_id": getattr(model.config, "decoder_start_token_id", None)}
+    setup = train_loop.set_up(model, samples, ids, args, ONE_RANK)
+    assert setup.packing == args.packing
+    if setup.packing:
+        model.set_attn_implementation("per_sample")
+    model.train()
     optimizer = KeepGradients(model.parameters(), lr=0.0)
-    collate_arguments = (family, 1, model.config.decoder_start_token_id if family == "encoder_decoder" else None)
-    loss = train_loop.optimizer_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), samples, 1, arguments(micro_batch_size=micro_batch_size),
-                                     collate_arguments, ONE_RANK, {"dtype": torch.bfloat16, "enabled": False})
+    loss, *_ = train_loop.optimizer_step(setup._replace(optimizer=optimizer), samples, 1, 1e-3, args, ONE_RANK)
+    model.set_attn_implementation("sdpa")
     return loss, dict(zip((name for name, _ in model.named_parameters()), optimizer.seen))
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 3, 1])
+GROUPINGS = {"packed": {}, "packed, 3 a time": {"micro_batch_size": 3}, "packed, 60 tokens a time": {"micro_tokens": 60}, "padded": {"packing": False},
+             "padded, 3 a time": {"micro_batch_size": 3, "packing": False}, "one by one": {"micro_batch_size": 1, "packing": False},
+             "padded, 60 tokens a time": {"micro_tokens": 60, "packing": False}, "recomputed": {"gradient_checkpointing": True, "micro_batch_size": 3}}
+
+
+@pytest.mark.parametrize("changes", GROUPINGS.values(), ids=GROUPINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_hugging_faces_own_on_the_padded_batch(kind, micro_batch_size):
+def test_loss_and_gradients_equal_hugging_faces_own_on_the_padded_batch(kind, changes):
     model, tokenizer = tiny_model(kind), tiny_tokenizer(bos=kind == "llama")
     samples = samples_for(model, tokenizer)[:8]
     expected, expected_gradients = plain_loss_and_gradients(model, samples)
-    loss, gradients = step_loss_and_gradients(model, samples, micro_batch_size, family_of(model))
+    loss, gradients = step_loss_and_gradients(model, samples, **changes)
     assert loss == pytest.approx(expected, rel=1e-6)
     scale = max(g.abs().max() for g in expected_gradients.values())
     for name, gradient in gradients.items():
@@ -126,13 +144,17 @@ def test_batches_hold_every_sample_once_and_depend_on_seed_and_epoch_alone():
     assert batches != train_loop.global_batches(21, 8, seed=3, epoch=3) != train_loop.global_batches(21, 8, seed=4, epoch=3)
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-@pytest.mark.parametrize("world_size, micro_batch_size", [(1, 8), (1, 3), (2, 2), (3, 1), (4, 4)])
-def test_micro_batches_partition_the_batch_with_equally_many_for_each_rank(n, world_size, micro_batch_size):
+@pytest.mark.parametrize("world_size, limits", [(1, {}), (1, {"micro_batch_size": 3}), (2, {"micro_batch_size": 2}), (3, {"micro_batch_size": 1}),
+                                                (4, {"micro_batch_size": 4}), (1, {"micro_tokens": 9}), (2, {"micro_tokens": 1})])
+def test_micro_batches_partition_the_batch_within_bounds_and_equally_many_for_each_rank(n, world_size, limits, packing):
     batch = [train_loop.Sample(i, [1] * (i * 7 % 5 + 1), [0]) for i in range(n)]
-    groups = train_loop.micro_batches(batch, micro_batch_size, world_size)
-    assert len(groups) % world_size == 0 and max(map(len, groups)) <= micro_batch_size
+    groups = train_loop.micro_batches(batch, arguments(**limits), packing, world_size)
+    assert len(groups) % world_size == 0 and max(map(len, groups)) <= limits.get("micro_batch_size", 8)
     assert sorted(s.sample_index for g in groups for s in g) == list(range(n))
+    for lengths in ([len(s.prompt) + 1 for s in g] for g in groups if len(g) > 1):
+        assert (sum(lengths) if packing else len(lengths) * max(lengths)) <= limits.get("micro_tokens", 99)
 
 
 def train_all(model, tokenizer, out, data=None, **changes):
@@ -175,7 +197,7 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bit_identical_weights_and_the_s
     run = train_loop.train(model, tiny_tokenizer(), family_of(model), data, stopped, arguments(epochs=4), {"test": True}, ONE_RANK)
     next(run), next(run)  # two epochs and their checkpoint, then a step of the third is logged and lost
     run.close()
-    train_loop.log(stopped / "log.jsonl", step=7, epoch=3, loss=99.0)
+    train_loop.log(stopped, ONE_RANK, step=7, epoch=3, loss=99.0)
     torch.manual_seed(12345)  # whatever the random state of the new process is
     model = tiny_model(kind, dropout=0.1)
     for p in model.parameters():
@@ -186,14 +208,14 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bit_identical_weights_and_the_s
     records = [json.loads(line) for line in (stopped / "log.jsonl").read_text().splitlines()]
     timeless = lambda rs: [{k: v for k, v in r.items() if k != "seconds"} for r in rs[1:]]
     assert timeless(records) == timeless(expected)
-    assert not (stopped / "checkpoint.pt").exists() and json.loads((stopped / "run.json").read_text())["finished"]
+    assert not list(stopped.glob("checkpoint*")) and json.loads((stopped / "run.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(precision, tmp_path):
     model = tiny_model("gpt2")
     torch.nn.init.constant_(model.transformer.ln_f.weight, float("nan"))
-    with pytest.raises(UserError, match=r"the loss is nan at step 1 \(epoch 1, sample_index .*--lr"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 1 \(sample_index .*--lr"):
         train_all(model, tiny_tokenizer(), tmp_path, precision=precision)
 
 
@@ -207,35 +229,65 @@ def test_a_set_without_a_usable_sample_is_refused(tmp_path):
         train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, max_length=3)
 
 
-def torchrun(ranks, folder, data, out, *flags):
-    """Start training under torchrun; -> the process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "finetune_cot.py", "--stage", "train",
-               "--student", str(folder), "--finetune_data", str(data), "--out", str(out), "--device", "cpu", "--checkpoint_every", "0", *map(str, flags)]
+def torchrun(ranks, *command):
+    """Start a script under torchrun; -> the process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, command)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def training(folder, data, out, *flags):
+    """The command that fine-tunes a model folder on a fine-tuning file."""
+    return ["finetune_cot.py", "--stage", "train", "--student", folder, "--finetune_data", data, "--out", out, "--device", "cpu", *flags]
 
 
 def step_losses(out):
     return [r["loss"] for r in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in r]
 
 
-@pytest.mark.parametrize("kind, ranks", [("llama", 2), ("t5", 3)])
-def test_torchrun_gives_the_losses_of_one_process(kind, ranks, tmp_path, model_folder):
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps(toy_data(18)))  # the last batch has 2 samples: with 3 ranks, one has none
-    process = torchrun(ranks, model_folder(kind), data, tmp_path / "ranks", "--epochs", 7, "--batch_size", 8)
-    output, _ = process.communicate(timeout=120)
+RANK_RUNS = {  # name: (kind, changes).  18 samples in batches of 8: the last has 2, so that of 3 ranks one has none
+    "ddp llama": ("llama", {}), "ddp t5": ("t5", {}), "ddp padded": ("gpt2", {"packing": False, "micro_batch_size": 2}), "fsdp gpt2": ("gpt2", {"shard": "gpu"}),
+    "fsdp t5": ("t5", {"shard": "gpu", "micro_batch_size": 2}), "fsdp offloaded": ("llama", {"shard": "cpu", "max_grad_norm": 0.5}),
+    "fsdp resumed": ("llama", {"shard": "gpu", "max_grad_norm": 0.5, "stop_after": 2})}
+RANKS_SCRIPT = """
+import sys; sys.path[:0] = ["tests", "."]
+from pathlib import Path
+from test_train_loop import *
+ranks = train_loop.setup_ranks(torch.device("cpu"))
+for name, (kind, changes) in RANK_RUNS.items():
+    out, stop = Path(sys.argv[1]) / name, changes.pop("stop_after", 0)
+    out.mkdir(exist_ok=True)
+    for part in ("first", "second") if stop else ("whole",):
+        model = tiny_model(kind)
+        run = train_loop.train(model, tiny_tokenizer(bos=kind == "llama"), family_of(model), toy_data(18), out, arguments(epochs=7, **changes), {}, ranks)
+        for epoch in run:
+            if part == "first" and epoch == stop:
+                break
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_sharded_or_not_gives_the_losses_and_weights_of_one_process(ranks, tmp_path):
+    (tmp_path / "script.py").write_text(RANKS_SCRIPT)
+    process = torchrun(ranks, tmp_path / "script.py", tmp_path)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path / "one", toy_data(18), lr=3e-4, epochs=7)
-    one, many = step_losses(tmp_path / "one"), step_losses(tmp_path / "ranks")
-    assert len(one) == 21 and many == pytest.approx(one, rel=1e-5)
-    assert output.count("batch 8 =") == 1  # only one rank talks
+    assert output.count("batch 8 =") == len(RANK_RUNS) + 1  # only one rank talks
+    for name, (kind, changes) in RANK_RUNS.items():
+        changes = {k: v for k, v in changes.items() if k == "max_grad_norm"}
+        train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path / "one", toy_data(18), epochs=7, **changes)
+        one, many = step_losses(tmp_path / "one"), step_losses(tmp_path / name)
+        assert len(one) == 21 and many == pytest.approx(one, rel=1e-5), name
+        weights, expected = ({k: v for k, v in load_file(tmp_path / out / "model.safetensors").items()} for out in (name, "one"))
+        assert weights.keys() == expected.keys()
+        for k in weights.keys() - {f"transformer.h.{i}.attn.c_attn.bias" for i in range(2)}:  # a key's bias has no gradient but rounding
+            assert (weights[k] - expected[k]).abs().max() < 1e-4, (name, k)
+        shutil.rmtree(tmp_path / "one")
 
 
 def test_when_a_rank_dies_the_others_end(tmp_path, model_folder):
-    import os
     data = tmp_path / "data.json"
     data.write_text(json.dumps(toy_data(400)))
-    process = torchrun(2, model_folder("gpt2"), data, tmp_path / "out", "--epochs", 1000)
+    process = torchrun(2, *training(model_folder("gpt2"), data, tmp_path / "out", "--epochs", 1000, "--checkpoint_every", 0))
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "log.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -243,3 +295,142 @@ def test_when_a_rank_dies_the_others_end(tmp_path, model_folder):
     os.kill(int(children[-1]), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
+
+
+# ---------------------------------------------------------------- schedule, clipping, precision
+
+def test_the_schedules_are_those_of_transformers_after_warm_up():
+    from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+    for name, make in (("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        schedule, expected = make(optimizer, 5, 20), []
+        for _ in range(20):
+            expected.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        rates = [train_loop.learning_rate(step, 20, arguments(lr=2.0, warmup=5, schedule=name)) for step in range(1, 21)]
+        assert rates[5:] == pytest.approx(expected[5:])
+        assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])  # ours starts above 0, so that the first step is not lost
+    assert {train_loop.learning_rate(step, 20, arguments(lr=2.0)) for step in range(1, 21)} == {2.0}  # the paper's
+
+
+def test_clipping_bounds_the_norm_of_the_gradient_of_the_whole_step():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    samples = samples_for(model, tokenizer)[:8]
+    _, free = step_loss_and_gradients(model, samples)
+    norm = torch.cat([g.flatten() for g in free.values()]).norm().item()
+    _, clipped = step_loss_and_gradients(model, samples, max_grad_norm=norm / 10, micro_batch_size=3)
+    for name in free:
+        torch.testing.assert_close(clipped[name], free[name] / 10, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_gradients_are_as_near_the_exact_ones_as_hugging_faces_own_in_bf16():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=True)
+    samples = samples_for(model, tokenizer)[:8]
+    loss, exact = plain_loss_and_gradients(model, samples)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, theirs = plain_loss_and_gradients(model, samples)
+    half_loss, ours = step_loss_and_gradients(model, samples, precision="bf16")
+    assert half_loss == pytest.approx(loss, rel=2 ** -7) and half_loss != loss
+    error = lambda gradients: torch.cat([(gradients[k] - exact[k]).flatten() for k in exact]).norm()
+    assert 0 < error(ours) < 1.25 * error(theirs)
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_is_counted(tmp_path, capsys):
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    samples, args = samples_for(model, tokenizer)[:8], arguments(precision="fp16")
+    setup = train_loop.set_up(model, samples, {"family": "decoder", "pad_id": 1, "start_id": None}, args, ONE_RANK)
+    setup = setup._replace(scaler=torch.amp.GradScaler("cpu", init_scale=2.0 ** 60), packing=False,
+                           collate=lambda s: train_loop.collate(s, "decoder", 1, None))
+    before = [p.clone() for p in model.parameters()]
+    loss, norm, *_ = train_loop.optimizer_step(setup, samples, 1, 1e-3, args, ONE_RANK)
+    assert math.isfinite(loss) and norm is None and setup.scaler.get_scale() == 2.0 ** 59
+    assert all(map(torch.equal, before, model.parameters()))
+    for step in range(2, 80):
+        loss, norm, *_ = train_loop.optimizer_step(setup, samples, step, 1e-3, args, ONE_RANK)
+        if norm is not None:
+            break
+    assert norm is not None and not all(map(torch.equal, before, model.parameters()))
+    rows = [{"step": 1, "epoch": 1, "loss": 1.0, "lr": 1.0, "grad_norm": g, "label_tokens": 1, "tokens": 1, "size": 1} for g in (None, 1.0)]
+    assert "1 steps skipped (fp16 overflow)" in train_loop.status(rows, 2, 1.0, torch.device("cpu"))
+
+
+def test_a_student_whose_layers_reach_back_further_than_a_sample_is_padded_not_packed(tmp_path, capsys):
+    import transformers as tf
+    torch.manual_seed(0)
+    model = tf.MistralForCausalLM(tf.MistralConfig(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                                   num_key_value_heads=2, sliding_window=8, eos_token_id=0, initializer_range=0.2))
+    train_all(model, tiny_tokenizer(), tmp_path / "window", epochs=1)
+    assert "padded" in capsys.readouterr().out
+    train_all(tiny_model("llama"), tiny_tokenizer(), tmp_path / "full", epochs=1)
+    assert "packed" in capsys.readouterr().out
+
+
+def test_compiled_training_gives_the_same_losses(tmp_path):
+    expected = [r["loss"] for r in train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "plain", epochs=1, packing=False) if "loss" in r]
+    losses = [r["loss"] for r in train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "compiled", epochs=1, packing=False, compile=True) if "loss" in r]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- stopped, killed, full
+
+def timeless(out):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_killed_at_any_moment_goes_on_to_bit_identical_weights_and_the_same_log(ranks, tmp_path, model_folder):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(toy_data(40)))
+    flags = ["--epochs", 6, "--checkpoint_steps", 2, "--lr", "1e-3"]
+    start = (lambda out: torchrun(ranks, *training(model_folder("gpt2"), data, out, *flags))) if ranks > 1 else \
+        (lambda out: subprocess.Popen([sys.executable, *map(str, training(model_folder("gpt2"), data, out, *flags))], cwd=ROOT, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True))
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(ranks)
+    assert start(whole).wait(120) == 0
+    for signal_sent, steps in ((signal.SIGKILL, 3), (signal.SIGTERM, 11), (signal.SIGKILL, 20)):
+        process = start(killed)
+        while process.poll() is None and not ((killed / "log.jsonl").exists() and len(timeless(killed)) >= steps):
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.05)
+        if signal_sent == signal.SIGKILL:
+            os.system(f"pkill -9 -f 'out {killed}'")
+        else:
+            process.send_signal(signal_sent)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != 0, output
+        assert signal_sent == signal.SIGKILL or "stopped by SIGTERM at step" in output
+    process = start(killed)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "going on after step" in output, output
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert timeless(whole) == timeless(killed)
+
+
+def test_the_last_k_checkpoints_are_kept_and_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
+    model, args = tiny_model("gpt2"), arguments(epochs=9, keep=2)
+    run = train_loop.train(model, tiny_tokenizer(), "decoder", toy_data(), tmp_path, args, {}, ONE_RANK)
+    for _ in range(4):
+        next(run)
+    assert [p.name for p in sorted(tmp_path.glob("checkpoint*"))] == ["checkpoint_00000009.pt", "checkpoint_00000012.pt"]
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as a full disk: no file grows beyond this
+    try:
+        with pytest.raises(OSError):
+            next(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in sorted(tmp_path.glob("checkpoint*"))] == ["checkpoint_00000009.pt", "checkpoint_00000012.pt"]
+    assert next(train_loop.train(tiny_model("gpt2"), tiny_tokenizer(), "decoder", toy_data(), tmp_path, args, {}, ONE_RANK)) == 4
+
+
+def test_an_unfinished_run_is_not_resumed_with_other_settings_and_its_flags_are_named(tmp_path, capsys):
+    from data import files
+    assert files.claim_student_folder(tmp_path / "out", {"lr": 1, "seed": 0}) == "new"
+    (tmp_path / "out" / "checkpoint_00000003.pt").write_bytes(b"x")
+    assert files.claim_student_folder(tmp_path / "out", {"lr": 1, "seed": 0}) == "unfinished"
+    with pytest.raises(UserError, match="unfinished run with other settings"):
+        files.claim_student_folder(tmp_path / "out", {"lr": 2, "seed": 0})
+    assert "settings changed (lr 1 -> 2)" in capsys.readouterr().out and (tmp_path / "out" / "checkpoint_00000003.pt").exists()

@@ -1,0 +1,220 @@
+"""Files: read with an error that names the line, written whole or not at all, and known by what they were made from.
+
+Used by all modules; needs the standard library alone.
+"""
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one sentence: what is wrong, where, and what to do."""
+
+
+def write_whole(path, text):
+    """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(text.encode() if isinstance(text, str) else text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """The style of the published files: four spaces, ASCII only."""
+    write_whole(path, json.dumps(value, indent=4))
+
+
+def parse_json(text, where):
+    """-> the JSON value in text.  Raises UserError that names the place."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where} is not valid JSON ({e}): mend or delete it") from None
+
+
+def read_text(path):
+    """-> the text of a UTF-8 file.  Raises UserError that names it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")  # -sig: editors on Windows put a byte-order mark first
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+
+
+def read_json(path):
+    """-> the JSON object in a file.  Raises UserError where it is not JSON or not an object."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: mend or delete it")
+    return value
+
+
+def read_jsonl(path):
+    """-> the values of a JSON-lines file, in order.  Lines end at "\\n" alone: U+2028 may stand inside a string."""
+    lines = read_text(path).split("\n")
+    return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+class Journal:
+    """An append-only file of JSON lines {"key": ..., ...}: what it holds survives any kill, and no key stands in it twice.
+
+    self.rows is {key: row}.  One process writes it at a time; a second is refused with a UserError.  A last line that a kill
+    tore is dropped; a bad line elsewhere is refused, since it may have cost money."""
+
+    def __init__(self, path):
+        import fcntl
+        self.path, self.rows = Path(path), {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path, "ab+")  # held until close() or the end of the process, however it comes
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is being written by another run: wait for it or stop it") from None
+        self.lock.seek(0)
+        end = 0
+        for i, line in enumerate(self.lock, 1):
+            if not line.endswith(b"\n"):
+                break  # torn
+            end += len(line)
+            row = parse_json(line, f"{self.path}, line {i}") if line.strip() else {"key": None}
+            if not isinstance(row, dict) or "key" not in row:
+                raise UserError(f"{self.path}, line {i} is not a row of a journal: mend or delete that line")
+            self.rows.setdefault(row["key"], row)
+        os.truncate(self.path, end)
+
+    def append(self, rows):
+        """Add rows whose keys are new; they are on the disk when this returns.  Raises OSError where they cannot be."""
+        new = {}
+        for row in rows:
+            if row["key"] not in self.rows:
+                new.setdefault(row["key"], row)
+        end = self.path.stat().st_size
+        try:
+            with open(self.path, "ab") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError:
+            os.truncate(self.path, end)  # a full disk: no half line stays
+            raise
+        self.rows.update(new)
+
+    def close(self):
+        self.lock.close()
+
+
+def safe_key(name):
+    """A name that becomes part of a path: google/flan-t5-base -> google_flan-t5-base.  Raises UserError for `..` and the like."""
+    key = str(name).replace("/", "_")
+    if str(name).startswith(("/", ".", "-")) or ".." in key or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII):
+        raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, "
+                        "'_', '-', '.' (120 at most, no '..', not an absolute path)")
+    return key
+
+
+# ---------------- What a file was made from
+
+def fingerprint(value):
+    """16 hex digits that change when the value changes: what a derived file was made from, in one word."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def model_fingerprint(name):
+    """What a student is before training: of a folder its files' sizes and the ends of each; of a hub name, the name."""
+    if not Path(name).is_dir():
+        return name
+    seen = {}
+    for file in sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".bin", ".model")):
+        with open(file, "rb") as f:
+            head = f.read(1 << 20)
+            f.seek(max(0, file.stat().st_size - (1 << 20)))
+            seen[file.name] = [file.stat().st_size, hashlib.sha256(head + f.read()).hexdigest()]
+    return fingerprint(seen)
+
+
+def is_current(stage, path, old, new):
+    """Whether path was made with the settings `new`; says that it is skipped, or which settings changed."""
+    if old == new:
+        print(f"{stage}: {path} is there, made with the same settings: skipped")
+        return True
+    if isinstance(old, dict):
+        changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        print(f"{stage}: settings changed ({', '.join(changed)}) since {path} was made")
+    return False
+
+
+def keep_aside(path):
+    """Move what is in the way, and cost something to make, to a free name beside it."""
+    aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old{i}")).exists())
+    os.replace(path, aside)
+    print(f"what lay at {path} is kept as {aside}")
+
+
+def claim_student_folder(out, settings):
+    """Ready the folder of a student; -> "finished", "unfinished" (it can be resumed) or "new".  A finished student of other
+    settings is kept aside; a stranger's folder, or an unfinished run with other settings, is refused."""
+    note = read_json(out / "run.json") if (out / "run.json").exists() else None
+    if note is None and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run of this program: choose another --out")
+    if note is not None and note.get("settings") == settings and not note.get("finished"):
+        print(f"train: going on with the unfinished run in {out}")
+        return "unfinished"
+    if note is not None:
+        if is_current("train", out, note.get("settings"), settings):
+            return "finished"
+        if not note.get("finished") and any(out.glob("checkpoint_*.pt")):
+            raise UserError(f"{out} holds an unfinished run with other settings (above): go on with its flags, choose another --train_key "
+                            "or --out, or delete that folder")
+        keep_aside(out)
+    write_json(out / "run.json", {"finished": False, "settings": settings})
+    return "new"
+
+
+# ---------------- A fine-tuning file, and a progress bar
+
+def read_finetune_data(path):
+    """-> {"sample_index", "input", "label": lists of equal length} of a fine-tuning file, JSON or the openai JSON lines."""
+    if Path(path).suffix == ".jsonl":
+        rows = [row if isinstance(row, dict) else {} for row in read_jsonl(path)]
+        columns = [list(range(len(rows))), *([row.get(k) for row in rows] for k in ("prompt", "completion"))]
+    else:
+        columns = list(map(read_json(path).get, ("sample_index", "input", "label")))
+    if not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) != 1 \
+            or not all(isinstance(x, kind) for c, kind in zip(columns, (int, str, str)) for x in c):
+        raise UserError(f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
+    if not columns[0]:
+        raise UserError(f"{path} holds no sample: there is nothing to train on")
+    return dict(zip(("sample_index", "input", "label"), columns))
+
+
+def progress(items, what, show=True):
+    """Iterate with a progress bar; without a terminal, print a line every 10 seconds instead."""
+    if show and sys.stderr.isatty():
+        from tqdm import tqdm
+        yield from tqdm(items, desc=what, leave=False)
+        return
+    start = said = time.monotonic()
+    for i, item in enumerate(items):
+        if show and time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(f"{what}: {i} of {len(items)}, {said - start:.0f} s", file=sys.stderr, flush=True)
+        yield item
