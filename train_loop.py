@@ -145,15 +145,16 @@ def collate(samples, family, pad_id, start_id):
     return inputs, pad([[1] * len(s.label) for s in samples], 0).bool(), targets
 
 
-def label_logits(model, inputs, keep):
+def label_logits(model, inputs, keep, device):
     """(N, V) logits at the positions that keep (B, T) marks.
 
     Only there does the loss look, so only there is the widest product of the model computed: a hook hands the vocabulary
     projection (N, H) instead of (B, T, H), whatever the model does around it (tied weights, T5's scaling)."""
     raw_model = model.module if isinstance(model, DistributedDataParallel) else model
+    keep = keep.to(device)
     hook = raw_model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0][keep],))
     try:
-        return model(**inputs, use_cache=False).logits
+        return model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False).logits
     finally:
         hook.remove()
 
@@ -205,14 +206,13 @@ def can_pack(model, samples, ids):
         return False
     AttentionInterface.register("per_sample", attend_per_sample)
     by_length = sorted(samples, key=length)
-    pair, was_training = [by_length[-1], by_length[len(by_length) // 2]], model.training
+    pair = [by_length[-1], by_length[len(by_length) // 2]]
     model.eval()
     with torch.no_grad():
-        alone = torch.cat([label_logits(model, *collate([s], **ids)[:2]) for s in pair])
+        alone = torch.cat([label_logits(model, *collate([s], **ids)[:2], model.device) for s in pair])
         model.set_attn_implementation("per_sample")
-        packed = label_logits(model, *collate_packed(pair, **ids)[:2])
+        packed = label_logits(model, *collate_packed(pair, **ids)[:2], model.device)
         model.set_attn_implementation("sdpa")
-    model.train(was_training)
     return packed.shape == alone.shape and bool((packed - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
@@ -232,11 +232,13 @@ class Setup(NamedTuple):
 def set_up(model, samples, ids, args, ranks):
     """-> Setup.  ids: family, pad_id and start_id, as collate takes them."""
     cpu, half = ranks.device.type == "cpu", torch.float16 if args.precision == "fp16" else torch.bfloat16
+    args.micro_tokens = args.micro_tokens or (512 if cpu else 0)  # on a CPU small pieces take less memory and no more time
+    model = model if args.shard != "no" else model.to(ranks.device)
     if cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large blocks back to the kernel, which zeroes them page by page at the next step: up to 40% of the time
         libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX 0, M_TRIM_THRESHOLD none
-    torch.set_float32_matmul_precision("medium" if args.precision == "tf32" and cpu else "high" if args.precision == "tf32" else "highest")
     packing = args.packing and can_pack(model, samples, ids)
+    torch.set_float32_matmul_precision("highest" if args.precision != "tf32" else "medium" if cpu else "high")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if args.compile:
@@ -244,7 +246,7 @@ def set_up(model, samples, ids, args, ranks):
     if args.shard != "no":
         parallel = shard(model, args, ranks, half)
     else:
-        parallel = DistributedDataParallel(model.to(ranks.device)) if ranks.world_size > 1 else model.to(ranks.device)
+        parallel = DistributedDataParallel(model) if ranks.world_size > 1 else model
     # fused: one pass over the parameters.  With fp16 the scaler keeps small gradients from vanishing; disabled, it passes all through
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.precision == "fp16")
@@ -280,9 +282,9 @@ def micro_loss(setup, samples, device):
     """-> loss of a micro-batch, summed (not averaged) over its label tokens, in fp32, and its tokens with padding."""
     inputs, keep, targets = setup.collate(samples)
     size = sum(ids.numel() for name, ids in inputs.items() if name.endswith("input_ids"))
-    size += 0 if "decoder_input_ids" in inputs else len(samples)  # a decoder's EOS is predicted, not read
+    size += len(samples) * ("decoder_input_ids" not in inputs)  # a decoder's EOS is predicted, not read
     with torch.autocast(**setup.autocast):
-        logits = label_logits(setup.parallel, {k: v.to(device) for k, v in inputs.items()}, keep.to(device))
+        logits = label_logits(setup.parallel, inputs, keep, device)
     return F.cross_entropy(logits.float(), targets.to(device), reduction="sum"), size
 
 
@@ -296,8 +298,7 @@ def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
     gradients over ranks, hence the factor world_size.  Raises UserError on a loss or gradient that is not finite."""
     label_tokens = sum(len(s.label) for s in batch)  # every rank has the whole batch: nothing to communicate
     groups = list(enumerate(micro_batches(batch, args, setup.packing, ranks.world_size)))[ranks.rank::ranks.world_size]
-    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # loss, tokens with padding, stop
-    total[2] = stop
+    total = torch.tensor([0, 0, stop], dtype=torch.float64, device=ranks.device)  # loss, tokens with padding, asks to stop
     for i, (group, samples) in enumerate(groups):
         # Dropout masks depend on seed, step and micro-batch alone: a resumed run draws the same, and so do 1 rank with 2
         # micro-batches and 2 ranks with 1.  (Another grouping draws other masks; without dropout all groupings agree.)
@@ -351,8 +352,7 @@ def save_checkpoint(out, setup, step, args, ranks):
     model, optimizer = whole_state(setup)
     if not ranks.is_master:
         return
-    path = out / f"checkpoint_{step:08d}.pt"
-    temporary = path.with_suffix(".tmp")
+    path, temporary = (out / f"checkpoint_{step:08d}.{suffix}" for suffix in ("pt", "tmp"))
     try:
         with open(temporary, "wb") as f:
             torch.save({"model": model, "optimizer": optimizer, "scaler": setup.scaler.state_dict(), "step": step}, f)
