@@ -8,8 +8,12 @@ A completion dataset is one file: a model and a prompting method, on the samples
 """
 import argparse
 import csv
+import functools
+import glob
+import inspect
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -53,36 +57,42 @@ def load_model(name, dtype="float32"):
     return model, tokenizer, "encoder_decoder" if config.is_encoder_decoder else "decoder"
 
 
-def pick_tokens(logits, temperature, generators):
-    """(B, V) -> (B,) next tokens: greedy at temperature 0, else one draw a row from the row's own random stream."""
+def pick_tokens(logits, temperature, generators, top_p=1.0):
+    """(B, V) -> (B,) next tokens: greedy at temperature 0, else one draw a row from the row's own random stream, of the
+    likeliest tokens that reach top_p together."""
     import torch
     if not temperature:
         return logits.argmax(-1)
-    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    chances = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1:
+        ranked, order = chances.sort(-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        chances = chances.scatter(-1, order, ranked)
+    cumulative = chances.cumsum(-1)
     draws = torch.tensor([[torch.rand((), dtype=torch.float64, generator=g)] for g in generators], device=logits.device)
     return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def prefill(model, family, prompts, pad_id, device):
+def prefill(model, family, prompts, pad_id):
     """Read a batch of prompts (lists of ids); -> (logits (B, V) of the first new token, what later steps need).
 
     Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
-    width = max(map(len, prompts))
-    left = family == "decoder"
-    def fill(row, value):
+    width, left = max(map(len, prompts)), family == "decoder"
+    def pad(row, value):
         padding = [value] * (width - len(row))
         return padding + row if left else row + padding
-    ids = torch.tensor([fill(p, pad_id) for p in prompts], device=device)            # (B, T)
-    mask = torch.tensor([fill([1] * len(p), 0) for p in prompts], device=device)     # (B, T)
-    if not left:
-        state = {"encoder_outputs": model.get_encoder()(input_ids=ids, attention_mask=mask), "attention_mask": mask}
-        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
-        output = model(**state, decoder_input_ids=start, use_cache=True)
+    ids = torch.tensor([pad(p, pad_id) for p in prompts], device=model.device)            # (B, T)
+    state = {"attention_mask": torch.tensor([pad([1] * len(p), 0) for p in prompts], device=model.device)}
+    if left:
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        positions = (state["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        output = model(input_ids=ids, **state, position_ids=positions, use_cache=True, **last)
     else:
-        state = {"attention_mask": mask}
-        output = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
+        state["encoder_outputs"] = model.get_encoder()(input_ids=ids, **state)
+        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=model.device)
+        output = model(**state, decoder_input_ids=start, use_cache=True)
     if getattr(output, "past_key_values", None) is None:
         raise UserError(f"models of type {model.config.model_type} keep no key-value cache, so they cannot be decoded here")
     return output.logits[:, -1], state | {"past_key_values": output.past_key_values}
@@ -101,81 +111,194 @@ def next_logits(model, family, tokens, state):
     return output.logits[:, -1]
 
 
-def drop_rows(state, rows):
-    """Go on with these rows only: finished rows cost nothing from here on."""
+def take_rows(state, rows):
+    """Go on with these rows (B',) only; a row may be taken several times."""
     state["attention_mask"] = state["attention_mask"][rows]
     if "encoder_outputs" in state:
         state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
     state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
 
 
-def decode_batch(model, tokenizer, family, prompts, limits, temperature, stop, generators):
-    """-> [(text, finish_reason)]: `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit."""
+def append_tokens(layer, keys, values, *_, **__):
+    """`update` of a cache layer that writes new keys and values (B, H, 1, D) into spare room behind the old ones (B, H, T, D)."""
+    for name, new in (("keys", keys), ("values", values)):
+        old, room = getattr(layer, name), layer.room.get(name)
+        end = old.shape[2] + new.shape[2]
+        if room is None or end > room.shape[2]:
+            room = layer.room[name] = new.new_empty(*old.shape[:2], end + 64, old.shape[3])
+            room[:, :, :old.shape[2]] = old
+        room[:len(new), :, old.shape[2]:end] = new
+        setattr(layer, name, room[:len(new), :, :end])
+    return layer.keys, layer.values
+
+
+def move_rows(layer, rows):
+    """`reorder_cache` of a cache layer, in place, where every row comes from its own place or from behind those kept."""
+    moved = (rows != rows.new_tensor(range(len(rows)))).nonzero().squeeze(1)
+    for name in ("keys", "values"):
+        old = getattr(layer, name)
+        old[moved] = old[rows[moved]]
+        setattr(layer, name, old[:len(rows)])
+
+
+def work_in_place(cache):
+    """Make the layers that keep all keys write and drop in place.  As they come, they copy all they hold at every token and
+    at every drop, which takes longer than the model where memory is slow.  Other kinds, windows for one, stay as they are."""
+    from transformers.cache_utils import DynamicLayer
+    for part in (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "cross_attention_cache") else (cache,):
+        for layer in part.layers:
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                layer.room, layer.update = {}, functools.partial(append_tokens, layer)
+                layer.reorder_cache = functools.partial(move_rows, layer)
+
+
+def fill_gaps(going):
+    """Places (ascending) of the rows that go on -> their new order: the last rows fill the gaps, the others stay: [0, 2, 3] -> [0, 3, 2]."""
+    kept = list(range(len(going)))
+    gaps = [place for place in kept if place not in set(going)]
+    for gap, last in zip(gaps, going[len(going) - len(gaps):]):
+        kept[gap] = last
+    return kept
+
+
+def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, stop=None):
+    """Decode rows {"index", "ids", "limit", "random"} side by side; at each step yield those that end, [(row, text, reason)]:
+    `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit.
+
+    A prompt is read once for all its rows.  Raises UserError where logits are no numbers."""
     import torch
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    tokens, results = [[] for _ in prompts], [None] * len(prompts)
-    live = list(range(len(prompts)))
-    logits, state = prefill(model, family, prompts, pad_id, model.device)
+    prompts = {row["index"]: row["ids"] for row in rows}
+    tokens, place_of = [[] for _ in rows], {index: place for place, index in enumerate(prompts)}
+    logits, state = prefill(model, family, list(prompts.values()), pad_id)
+    if len(prompts) < len(rows):
+        places = torch.tensor([place_of[row["index"]] for row in rows], device=logits.device)
+        logits = logits[places]
+        take_rows(state, places)
+    work_in_place(state["past_key_values"])
     while True:
-        picked = pick_tokens(logits.float(), temperature, [generators[i] for i in live])
-        going = []
-        for place, (i, token) in enumerate(zip(live, picked.tolist())):
-            tokens[i].append(token)
-            text = tokenizer.decode(tokens[i], skip_special_tokens=True) if stop else ""
+        if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
+            raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
+                            f"{len(tokens[0]) + 1}: its weights are damaged, or too large for this --precision")
+        picked = pick_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p)
+        ended, going = [], []
+        for place, (row, new, token) in enumerate(zip(rows, tokens, picked.tolist())):
+            new.append(token)
+            at_end = token in eos or len(new) >= row["limit"]
+            text = tokenizer.decode(new, skip_special_tokens=True) if stop or at_end else ""
             cut = min((text.find(s) for s in stop or () if s in text), default=-1)
-            if token in eos or cut >= 0:
-                results[i] = (text[:cut] if cut >= 0 else tokenizer.decode(tokens[i], skip_special_tokens=True), "stop")
-            elif len(tokens[i]) >= limits[i]:
-                results[i] = (tokenizer.decode(tokens[i], skip_special_tokens=True), "length")
+            if cut >= 0 or at_end:
+                ended.append((row, text[:cut] if cut >= 0 else text, "stop" if cut >= 0 or token in eos else "length"))
             else:
                 going.append(place)
-        if not going:
-            return results
-        if len(going) < len(live):
-            rows = torch.tensor(going, device=picked.device)
-            live, picked = [live[place] for place in going], picked[rows]
-            drop_rows(state, rows)
+        if ended:
+            yield ended
+            kept = fill_gaps(going)
+            rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
+            if not rows:
+                return
+            places = torch.tensor(kept, device=picked.device)
+            picked = picked[places]
+            take_rows(state, places)
         logits = next_logits(model, family, picked, state)
 
 
-def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=32, seed=0,
-             refuse_long=True):
+def fit_positions(model, family, ids, limits, too_long):
+    """-> [(prompt, limit of new tokens)] that the model has positions for, and what to say about it.  A prompt that leaves no
+    room is refused (UserError), cut on the left, or gets the limit 0 (skip)."""
+    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0) if family == "decoder" else 0
+    positions = positions or sys.maxsize  # 0: no bound
+    fitting = []
+    for i, (row, limit) in enumerate(zip(ids, limits)):
+        if len(row) >= positions and too_long == "cut":
+            row = row[min(limit, positions // 2) - positions:]
+        if not row or len(row) >= positions and too_long == "refuse":
+            raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
+        fitting.append((row, min(limit, max(0, positions - len(row)))))
+    counts = {"cut on the left": sum(len(row) < len(old) for (row, _), old in zip(fitting, ids)),
+              "without an answer": sum(not limit for _, limit in fitting),
+              "with fewer new tokens than asked for": sum(0 < new < old for (_, new), old in zip(fitting, limits))}
+    remarks = [f"{n} {what}" for what, n in counts.items() if n]
+    return fitting, remarks and f"the model has {positions} positions; of {len(ids)} prompts: {', '.join(remarks)}"
+
+
+def find_rank():
+    """-> (rank, number of ranks) of this process."""
+    import torch.distributed as dist
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """-> [value of each rank], on all ranks."""
+    import torch.distributed as dist
+    shares = [value] * find_rank()[1]
+    if len(shares) > 1:
+        dist.all_gather_object(shares, value)
+    return shares
+
+
+def journal_paths(path):
+    """-> {rank: path} of the journals beside a file that is yet to be written."""
+    return {int(p.name.rpartition("-")[2]): p for p in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")}
+
+
+def remove_journals(path):
+    """To be called when the file is written."""
+    for old in journal_paths(path).values():
+        old.unlink(missing_ok=True)
+
+
+def open_journals(path):
+    """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
+    rank, ranks = find_rank()
+    journals = [tasks.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
+    return journals, {key: row for share in gather([j.rows for j in journals]) for rows in share for key, row in rows.items()}
+
+
+def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,
+             too_long="refuse", top_p=1.0, journal=None):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
 
     Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun
-    each rank decodes its share and all return everything.  Raises UserError for a prompt that is empty or leaves no room in
-    the model's positions; without refuse_long the latter gets an empty completion, "length"."""
+    each rank decodes its share and all return everything.  `journal`: path of the file to be written in the end; completions
+    are kept beside it as they finish, and a run that was killed goes on there.  too_long: what to do with prompts that leave
+    no room in the model's positions: refuse (UserError), cut (on the left), or skip (empty completion, "length")."""
     import torch
-    import torch.distributed as dist
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0) if family == "decoder" else 0  # 0: no bound
-    too_long = {i for i, row in enumerate(ids) if positions and len(row) >= positions}
-    for i, row in enumerate(ids):
-        if not row or i in too_long and refuse_long:
-            raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
-    limits = [min(limit, positions - len(row)) if positions else limit for limit, row in zip(limits, ids)]
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    if too_long and rank == 0:
-        print(f"{len(too_long)} of {len(prompts)} prompts leave no room in the model's {positions} positions: no answer to these")
-    rows = [(i, k) for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])) if i not in too_long for k in range(n)][rank::ranks]
-    batches = [rows[b:b + batch_size] for b in range(0, len(rows), batch_size)]
-    done, was_training = {(i, k): ("", "length") for i in too_long for k in range(n)}, model.training
+    fitting, remark = fit_positions(model, family, ids, limits, too_long)
+    (rank, ranks), journals, done = find_rank(), [], {}
+    if remark and rank == 0:
+        print(remark)
+    settings = [temperature, top_p, stop, seed]
+    if journal:  # a row may be taken from there if the weights and all else are the same
+        settings += [p.sum(dtype=torch.float64).item() for p in model.parameters()]
+        journals, done = open_journals(journal)
+    settings = tasks.fingerprint(settings)
+    keys = {(i, k): tasks.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
+    todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
+    todo = sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::ranks]
+    rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
+             "random": torch.Generator().manual_seed(int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
+            for i in todo for k in range(n) if keys[i, k] not in done]
+    was_training, fresh = model.training, {}
     model.eval()
     with torch.inference_mode():
-        for batch in tasks.progress(batches, "decoding", show=rank == 0):
-            seeds = [int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63 for i, k in batch]
-            results = decode_batch(model, tokenizer, family, [ids[i] for i, _ in batch], [limits[i] for i, _ in batch],
-                                   temperature, stop, [torch.Generator().manual_seed(s) for s in seeds])
-            done.update(zip(batch, results))
+        for b in tasks.progress(range(0, len(rows), batch_size), "decoding", show=rank == 0):
+            for ended in decode_batch(model, tokenizer, family, rows[b:b + batch_size], temperature, top_p, stop):
+                ended = [{"key": row["key"], "completion": text, "finish_reason": reason} for row, text, reason in ended]
+                fresh |= {row["key"]: row for row in ended}
+                if journals:
+                    journals[0].append(ended)
     model.train(was_training)
-    if ranks > 1:
-        shares = [None] * ranks
-        dist.all_gather_object(shares, done)
-        done = {row: result for share in shares for row, result in share.items()}
-    return [[dict(zip(("completion", "finish_reason"), done[i, k])) for k in range(n)] for i in range(len(prompts))]
+    for one in journals:
+        one.close()
+    for share in gather(fresh):
+        done |= share
+    none = {"completion": "", "finish_reason": "length"}
+    return [[{name: done.get(keys[i, k], none)[name] for name in none} for k in range(n)] for i in range(len(ids))]
 
 
 # ---------------- Completion datasets

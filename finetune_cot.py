@@ -97,7 +97,7 @@ def local_complete(args, model, tokenizer, family):
     model.to(args.ranks.device)
     def complete(prompts, n, temperature, max_new_tokens, stop):
         return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop,
-                                 args.eval_batch_size, args.seed, refuse_long=False)
+                                 args.eval_batch_size, args.seed, "skip")
     return complete
 
 
