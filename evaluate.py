@@ -119,12 +119,58 @@ def take_rows(state, rows):
     state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
 
 
+def layers_of(state):
+    """-> [layer] of a Hugging Face cache, self-attention before cross-attention."""
+    cache = state["past_key_values"]
+    return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers] if hasattr(cache, "cross_attention_cache") else cache.layers
+
+
+def prefill_in_parts(model, family, prompts, pad_id):
+    """`prefill` of prompts (longest first) in parts of like length and few tokens: little padding, small buffers.
+
+    The layers of the joined cache write new tokens, and drop rows, in place.  As they come, they copy all they hold at every
+    token and every drop, which can take longer than the model itself.  Caches that do not keep all keys (windows, linear
+    attention) are made in one part and left as they are."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+    parts = [[]]
+    for prompt in prompts:
+        if len(parts[-1]) * len(parts[-1][0] if parts[-1] else prompt) >= 1024:
+            parts.append([])
+        parts[-1].append(prompt)
+    logits, states = zip(*(prefill(model, family, part, pad_id) for part in parts))
+    if not all(type(layer) is DynamicLayer for layer in layers_of(states[0])):
+        return prefill(model, family, prompts, pad_id)
+    def join(tensors, dim, left=family == "decoder", spare=0):  # (B, .., T at dim, ..) of each part, padded with zeros
+        shape = list(tensors[0].shape)
+        shape[0], width, first = sum(map(len, tensors)), max(t.shape[dim] for t in tensors), 0
+        joined = tensors[0].new_zeros(*shape[:dim], width + spare, *shape[dim + 1:])
+        for t in tensors:
+            joined[first:first + len(t)].narrow(dim, width - t.shape[dim] if left else 0, t.shape[dim]).copy_(t)
+            first += len(t)
+        return joined
+    for layers in zip(*map(layers_of, states)):
+        layer = layers[0]
+        if layer.is_initialized:
+            layer.room = {name: join([getattr(one, name) for one in layers], 2, spare=64) for name in ("keys", "values")}
+            used = max(one.keys.shape[2] for one in layers)
+            for name, room in layer.room.items():
+                setattr(layer, name, room[:, :, :used])
+            layer.update, layer.reorder_cache = functools.partial(append_tokens, layer), functools.partial(move_rows, layer)
+            for one in layers[1:]:
+                one.keys = one.values = None
+    state = states[0] | {"attention_mask": join([one["attention_mask"] for one in states], 1)}
+    if "encoder_outputs" in state:
+        state["encoder_outputs"].last_hidden_state = join([one["encoder_outputs"].last_hidden_state for one in states], 1)
+    return torch.cat(logits), state
+
+
 def append_tokens(layer, keys, values, *_, **__):
-    """`update` of a cache layer that writes new keys and values (B, H, 1, D) into spare room behind the old ones (B, H, T, D)."""
+    """`update` of a cache layer that writes new keys and values (B, H, 1, D) into the room behind the old ones (B, H, T, D)."""
     for name, new in (("keys", keys), ("values", values)):
-        old, room = getattr(layer, name), layer.room.get(name)
+        old, room = getattr(layer, name), layer.room[name]
         end = old.shape[2] + new.shape[2]
-        if room is None or end > room.shape[2]:
+        if end > room.shape[2]:
             room = layer.room[name] = new.new_empty(*old.shape[:2], end + 64, old.shape[3])
             room[:, :, :old.shape[2]] = old
         room[:len(new), :, old.shape[2]:end] = new
@@ -133,23 +179,15 @@ def append_tokens(layer, keys, values, *_, **__):
 
 
 def move_rows(layer, rows):
-    """`reorder_cache` of a cache layer, in place, where every row comes from its own place or from behind those kept."""
-    moved = (rows != rows.new_tensor(range(len(rows)))).nonzero().squeeze(1)
+    """`reorder_cache` of a cache layer, in place where no row comes from before its new place (several samples of a prompt do)."""
     for name in ("keys", "values"):
         old = getattr(layer, name)
-        old[moved] = old[rows[moved]]
+        if len(rows) > len(old):
+            layer.room[name] = old = old[rows]
+        else:
+            moved = (rows != rows.new_tensor(range(len(rows)))).nonzero().squeeze(1)
+            old[moved] = old[rows[moved]]
         setattr(layer, name, old[:len(rows)])
-
-
-def work_in_place(cache):
-    """Make the layers that keep all keys write and drop in place.  As they come, they copy all they hold at every token and
-    at every drop, which takes longer than the model where memory is slow.  Other kinds, windows for one, stay as they are."""
-    from transformers.cache_utils import DynamicLayer
-    for part in (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "cross_attention_cache") else (cache,):
-        for layer in part.layers:
-            if type(layer) is DynamicLayer and layer.is_initialized:
-                layer.room, layer.update = {}, functools.partial(append_tokens, layer)
-                layer.reorder_cache = functools.partial(move_rows, layer)
 
 
 def fill_gaps(going):
@@ -172,12 +210,11 @@ def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, sto
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     prompts = {row["index"]: row["ids"] for row in rows}
     tokens, place_of = [[] for _ in rows], {index: place for place, index in enumerate(prompts)}
-    logits, state = prefill(model, family, list(prompts.values()), pad_id)
+    logits, state = prefill_in_parts(model, family, list(prompts.values()), pad_id)
     if len(prompts) < len(rows):
         places = torch.tensor([place_of[row["index"]] for row in rows], device=logits.device)
         logits = logits[places]
         take_rows(state, places)
-    work_in_place(state["past_key_values"])
     while True:
         if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
             raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
@@ -332,7 +369,7 @@ def make_completions(complete, samples, method, family, template, degree=1, temp
     return data
 
 
-METADATA_TYPES = {"dataset_key": str, "epoch": int | None} | {k: str | None for k in (
+METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None} | {k: str | None for k in (
     "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
 ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
              "reasoning_completion": str | None}
@@ -391,37 +428,48 @@ def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
     if part == "all" and task != "toy" and not (Path(data_dir) / "dataset" / f"{task}.json").exists():
         return rows  # nothing to check against: the rows carry their gold answers
     samples = tasks.load(task, data_dir)
-    wanted = range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[("train", "test").index(part)]
     check_rows(path, rows, task, samples, data_dir)
-    missing = sorted(set(wanted) - {row["sample_index"] for row in rows})
+    if part == "validation":
+        wanted = set(metadata.get("validation") or [])
+    else:
+        wanted = set(range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[part == "test"])
+    missing = sorted(wanted - {row["sample_index"] for row in rows})
     if missing and not allow_partial:
         raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
                         "complete it, choose another --part, or score what there is with --allow_partial")
-    wanted = set(wanted)
     return [row for row in rows if row["sample_index"] in wanted]
+
+
+def judge_rows(metadata, rows, rules):
+    """-> [(row, "right", "wrong" or "unreadable" by these rules, {rules: Verdict})]"""
+    judged = []
+    for row in rows:
+        verdicts = {r: tasks.judge(metadata["dataset_key"], metadata.get("prediction_template"), row["completion"], row["answer"], r)
+                    for r in ("paper", "flexible")}
+        asked = verdicts[rules]
+        judged.append((row, "right" if asked.correct else "unreadable" if asked.prediction in (None, "") else "wrong", verdicts))
+    return judged
 
 
 def score(path, part="test", split="default", data_dir="data", rules="paper", allow_partial=False):
     """-> one dict: what the file is, n, accuracy by the asked rules with its 95% interval, and both rules' measures (all %)."""
     metadata, rows = read_completions(path)
-    task, template = metadata["dataset_key"], metadata.get("prediction_template")
     rows = rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial)
     if not rows:
         raise UserError(f"{path} has no completion of part '{part}'")
-    verdicts = {r: [tasks.judge(task, template, row.get("completion"), row["answer"], r) for row in rows] for r in ("paper", "flexible")}
+    judged = judge_rows(metadata, rows, rules)
     def percent(flags):
         return round(100 * sum(flags) / len(rows), 2)
-    asked = verdicts[rules]
-    correct = sum(v.correct for v in asked)
+    correct = sum(outcome == "right" for _, outcome, _ in judged)
     low, high = wilson(correct, len(rows))
-    return {"file": str(path), "task": task, "model": metadata.get("base_model"), "method": metadata.get("completion_key"),
-            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": template,
+    return {"file": str(path), "task": metadata["dataset_key"], "model": metadata.get("base_model"), "method": metadata.get("completion_key"),
+            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": metadata.get("prediction_template"),
             "part": part, "split": split, "rules": rules, "n": len(rows), "correct": correct,
-            "accuracy": percent(v.correct for v in asked), "low": round(low, 2), "high": round(high, 2),
-            "paper": percent(v.correct for v in verdicts["paper"]), "flexible": percent(v.correct for v in verdicts["flexible"]),
-            "contains_answer": percent(v.contains_answer for v in asked), "correct_format": percent(v.correct_format for v in asked),
+            "accuracy": percent(outcome == "right" for _, outcome, _ in judged), "low": round(low, 2), "high": round(high, 2),
+            **{r: percent(v[r].correct for _, _, v in judged) for r in ("paper", "flexible")},
+            **{k: percent(getattr(v[rules], k) for _, _, v in judged) for k in ("contains_answer", "correct_format")},
             "complete": percent(row.get("finish_reason") == "stop" for row in rows),
-            "no_answer": sum(v.prediction in (None, "") for v in asked)}
+            "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}
 
 
 def print_scores(scores):
@@ -435,49 +483,49 @@ def print_scores(scores):
 
 # ---------------- The table: methods x tasks, from what lies in saved/
 
+def read_paper_results():
+    """-> {(model, method, task): the accuracy that the paper prints}"""
+    with open(Path(__file__).parent / "data" / "paper_results.csv", newline="") as f:
+        return {(r["model"], r["method"], r["dataset"]): float(r["accuracy"]) for r in reversed(list(csv.DictReader(f)))
+                if r["kind"] == "printed" and not r["train_size"]}
+
+
 def paper_value(results, score):
     """-> the published accuracy of the same model, method and task, or None."""
-    if score["split"] != "default" or not re.fullmatch(r"(?:(?:ft|ft_cot)(?:_\d+aug)?)?", score["train_key"] or ""):
+    key, model, method = score["train_key"] or "", re.sub(r"^google[_/]", "", score["model"] or ""), score["method"]
+    if score["split"] != "default" or not re.fullmatch(r"((ft|ft_cot)(_\d+aug)?)?", key):
         return None  # another split, template, seed: not the paper's cell
-    model, method = re.sub(r"^google[_/]", "", score["model"] or ""), score["method"]
     is_teacher = model.startswith("text-davinci")
-    if not is_teacher:
-        model = model.replace("-", "_")
-    if method == "zs_cot":
-        method = "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot"
-    elif method == "ft_cot":
-        method = "fine_tune_cot_diverse" if "aug" in (score["train_key"] or "") else "fine_tune_cot"
-    wanted = (model, {"zs": "zero_shot", "fs_cot": "few_shot_cot", "ft": "fine_tune"}.get(method, method), score["task"], "printed", "")
-    values = [r["accuracy"] for r in results if (r["model"], r["method"], r["dataset"], r["kind"], r["train_size"]) == wanted]
-    return float(values[0]) if values else None
-
-
-def read_paper_results():
-    with open(Path(__file__).parent / "data" / "paper_results.csv", newline="") as f:
-        return list(csv.DictReader(f))
+    names = {"zs": "zero_shot", "zs_cot": "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot", "fs_cot": "few_shot_cot",
+             "ft": "fine_tune", "ft_cot": "fine_tune_cot_diverse" if "aug" in key else "fine_tune_cot"}
+    return results.get((model if is_teacher else model.replace("-", "_"), names.get(method, method), score["task"]))
 
 
 def collect(saved, data_dir, rules="paper", allow_partial=False):
     """-> {(model, label): {task: score}} over every completion file below saved/, and the files that could not be scored.
 
     Teachers are scored on all samples and all repeats, as in the paper, students on the test part.  Of several epochs the
-    last stands in one row, and the best on the test set in another: that is the paper's protocol."""
-    table, skipped = {}, []
+    last stands in one row, the best on the test set in another, as is the paper's protocol, and the one that is best on
+    the validation share, if there is one, in a third."""
+    table, skipped, ranks = {}, [], {}
     for path in sorted(Path(saved, "completion_data").glob("B_*/*.json")):
         try:
             metadata, _ = read_completions(path)
             is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
-            part, split = "test" if is_student else "all", metadata.get("split") or "default"
-            s = score(path, part, split, data_dir, rules, allow_partial)
+            where = metadata.get("split") or "default", data_dir, rules, allow_partial
+            s = score(path, "test" if is_student else "all", *where)
+            label, epoch = s["train_key"] or s["method"] or "?", s["epoch"]
+            measures = {label: epoch or 0} | ({f"{label}, best test epoch (the paper's protocol)": s["accuracy"]} if epoch is not None else {})
+            if metadata.get("validation"):
+                measures[f"{label}, epoch chosen on validation"] = score(path, "validation", *where)["accuracy"]
         except UserError as e:
             skipped.append(str(e))
             continue
-        label = s["train_key"] or s["method"] or "?"
-        rows = {label: "epoch"} | ({label + ", best test epoch": "accuracy"} if s["epoch"] is not None else {})
-        for row, measure in rows.items():
-            old = table.setdefault((s["model"] or "?", row), {}).get(s["task"])
-            if old is None or (s[measure] or 0) > (old[measure] or 0):
-                table[s["model"] or "?", row][s["task"]] = s
+        for row, measure in measures.items():
+            cell = s["model"] or "?", row, s["task"]
+            if cell not in ranks or measure > ranks[cell]:
+                ranks[cell] = measure
+                table.setdefault(cell[:2], {})[s["task"]] = s
     return table, skipped
 
 
@@ -497,19 +545,15 @@ def print_table(table, skipped, results):
         print(f"not in the table: {message}", file=sys.stderr)
 
 
-# ---------------- What the user sees at the end
+# ---------------- What one looks at: single completions
 
-def show_completion(title, result, right):
-    """Print one right or wrong completion in full; -> whether there was one."""
-    metadata, rows = read_completions(result["file"])
-    for row in rows:
-        verdict = tasks.judge(result["task"], metadata.get("prediction_template"), row["completion"], row["answer"])
-        if verdict.correct == right:
-            completion = (row.get("reasoning_completion", "") + row["completion"]).strip()
-            print(f"\n{title}\n  prompt:     {row.get('reasoning_prompt', row['prompt'])}\n  completion: {completion}\n"
-                  f"  read: {verdict.prediction}   gold: {row['answer']}")
-            return True
-    return False
+def print_completion(title, row, verdicts):
+    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
+    if "reasoning_completion" in row:
+        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
+    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
+    for rules, v in verdicts.items():
+        print(f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}")
 
 
 def report(results, student, seed, saved):
@@ -521,10 +565,36 @@ def report(results, student, seed, saved):
         label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
         interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
         print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
-    show_completion(f"A right completion of {results[-1]['method']}:", results[-1], True)
-    any(show_completion(f"A wrong completion of {r['method']}:", r, False) for r in reversed(results))
+    judged = [(r["method"], *one) for r in reversed(results) for one in judge_rows(*read_completions(r["file"]), "paper")]
+    for outcome in ("right", "wrong"):
+        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
+            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
     print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
           f"Compare runs: python evaluate.py table --saved {saved}")
+
+
+def run_show(args):
+    """Print some wrong, right and unreadable completions of a file."""
+    judged = judge_rows(*read_completions(args.file), args.rules)
+    for kind in ("wrong", "right", "unreadable"):
+        found = [(row, verdicts) for row, outcome, verdicts in judged if outcome == kind]
+        print(f"\n{len(found)} of {len(judged)} are {kind}" + (f"; the first {args.limit}:" if len(found) > args.limit else ""))
+        for row, verdicts in found[:args.limit]:
+            print_completion(kind, row, verdicts)
+
+
+def run_diff(args):
+    """Print the questions on which one file is right and the other is not, and how many there are of each."""
+    a, b = ({(row["sample_index"], row["completion_index"]): (row, outcome == "right", verdicts)
+             for row, outcome, verdicts in judge_rows(*read_completions(path), args.rules)} for path in (args.a, args.b))
+    both = sorted(a.keys() & b.keys())
+    if not both or any(a[key][0]["question"].strip() != b[key][0]["question"].strip() for key in both):
+        raise UserError(f"{args.a} and {args.b} hold no completions of the same questions: compare two files of one task")
+    for key in (key for key in both if a[key][1] != b[key][1]):
+        for path, (row, right, verdicts) in ((args.a, a[key]), (args.b, b[key])):
+            print_completion(f"{'right' if right else 'wrong'} in {path}", row, verdicts)
+    counts = [sum((a[key][1], b[key][1]) == pair for key in both) for pair in ((True, True), (True, False), (False, True), (False, False))]
+    print("\n{} completions in both files: {} right in both, {} in the first alone, {} in the second alone, {} in none".format(len(both), *counts))
 
 
 # ---------------- Command line
@@ -551,24 +621,36 @@ def find_device(name):
 
 
 def run_generate(args):
-    if args.batch_size < 1 or not 0 <= args.temperature < 100 or args.max_new_tokens < 1 or "" in (args.stop or []):
-        raise UserError("--batch_size and --max_new_tokens must be 1 or more, --temperature from 0 to 100, --stop not empty")
+    if min(args.batch_size, args.max_new_tokens, args.samples) < 1 or not 0 <= args.temperature < 100 or not 0 < args.top_p <= 1 \
+            or "" in (args.stop or []) or args.samples > 1 and not args.temperature:
+        raise UserError("--batch_size, --samples and --max_new_tokens must be 1 or more, --temperature from 0 to 100, and above 0 with "
+                        "--samples, --top_p above 0 and at most 1, --stop not empty")
     rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
+    device, dtype = find_device(args.device), {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
+    if "RANK" in os.environ:  # under torchrun
+        import torch
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, family = load_model(args.model, dtype)
-    model.to(find_device(args.device))
-    done = generate(model, tokenizer, family, prompts, limits, args.temperature, 1, args.stop, args.batch_size, args.seed)
-    tasks.write_whole(args.out, "".join(json.dumps({**row, **one}) + "\n" for row, [one] in zip(rows, done)))
-    print(f"wrote {len(rows)} completions to {args.out}")
+    done = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop, args.batch_size,
+                    args.seed, top_p=args.top_p, journal=args.out)
+    if find_rank()[0] == 0:
+        number = [{"completion_index": k} if args.samples > 1 else {} for k in range(args.samples)]
+        lines = [json.dumps({**row, **k, **one}) + "\n" for row, many in zip(rows, done) for k, one in zip(number, many)]
+        tasks.write_whole(args.out, "".join(lines))
+        remove_journals(args.out)
+        print(f"wrote {len(lines)} completions to {args.out}")
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
 
 
 def run_score(args):
     scores = [score(path, args.part, args.split, args.data, args.rules, args.allow_partial) for path in args.files]
-    if args.json:
-        for s in scores:
-            print(json.dumps(s))
-    else:
-        print_scores(scores)
+    if not args.json:
+        return print_scores(scores)
+    for s in scores:
+        print(json.dumps(s))
 
 
 def run_table(args):
@@ -587,22 +669,30 @@ def parse_args(argv=None):
     g.add_argument("--out", required=True, help="JSON lines: the same rows with completion and finish_reason, in the same order")
     g.add_argument("--max_new_tokens", type=int, default=1024, help="new tokens a prompt, where the row names none (default 1024)")
     g.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default, as in the paper)")
+    g.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share (default 1: all)")
+    g.add_argument("--samples", type=int, default=1, help="completions a prompt, each a row with its completion_index (default 1)")
     g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
-    g.add_argument("--batch_size", type=int, default=32, help="rows decoded at once (default 32); more is faster and takes more memory")
+    g.add_argument("--batch_size", type=int, default=64, help="rows decoded at once (default 64); more is faster and takes more memory")
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     s = commands.add_parser("score", help="score completion files")
     s.add_argument("files", nargs="+", help="completion files")
-    s.add_argument("--part", choices=["train", "test", "all"], default="test",
+    s.add_argument("--part", choices=["train", "validation", "test", "all"], default="test",
                    help="samples to score (default test; the paper's Teacher rows: all)")
     s.add_argument("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
     s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
     t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
     t.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
+    look = commands.add_parser("show", help="read wrong, right and unreadable completions of a file")
+    look.add_argument("file", help="completion file")
+    look.add_argument("--limit", type=int, default=5, help="completions of each kind (default 5)")
+    d = commands.add_parser("diff", help="the questions on which two completion files differ")
+    d.add_argument("a", help="completion file")
+    d.add_argument("b", help="another, of the same task")
+    for p in (s, t, look, d):
+        p.add_argument("--rules", choices=["paper", "flexible"], default="paper", help="answer cleansing that decides (default paper)")
     for p in (s, t):
-        p.add_argument("--rules", choices=["paper", "flexible"], default="paper",
-                       help="answer cleansing behind `accuracy` (default paper)")
         p.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
         p.add_argument("--allow_partial", action="store_true", help="score files that lack samples of the part")
     return parser.parse_args(argv)
@@ -611,11 +701,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        {"generate": run_generate, "score": run_score, "table": run_table}[args.command](args)
+        {"generate": run_generate, "score": run_score, "table": run_table, "show": run_show, "diff": run_diff}[args.command](args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import operator
 import os
+import random
 import re
 import sys
 import tempfile
@@ -488,3 +489,9 @@ def load_split(task, split="default", data_dir="data"):
         import numpy as np
         train = sorted(np.random.RandomState(0).permutation(train)[:int(few_shot[1])].tolist())
     return train, test
+
+
+def set_aside(train, share, seed):
+    """-> (training indices without it, a share of them for validation)."""
+    aside = random.Random(seed).sample(train, round(min(share, 0.9) * len(train)))
+    return sorted({*train} - {*aside}), sorted(aside)

@@ -85,7 +85,7 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(prompt):
 def test_a_prompt_that_is_too_long_may_go_unanswered_and_the_others_do_not_suffer(capsys):
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     rows = evaluate.generate(model, tokenizer, "decoder", ["a", "x" * 256, "b"], 5, too_long="skip")
-    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "1 of 3 prompts leave no room" in capsys.readouterr().out
+    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "of 3 prompts: 1 without an answer" in capsys.readouterr().out
     assert [rows[0], rows[2]] == evaluate.generate(model, tokenizer, "decoder", ["a", "b"], 5)
 
 
@@ -242,7 +242,7 @@ def test_the_table_tells_the_last_epoch_from_the_best_on_test(tmp_path):
         completion_file(tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json", correct=lambda i: i % share, completion_key="ft",
                         train_key="ft", epoch=epoch)
     table, skipped = evaluate.collect(tmp_path, tmp_path)
-    assert not skipped and table["m", "ft"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch"]["toy"]["epoch"] == 2
+    assert not skipped and table["m", "ft"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch (the paper's protocol)"]["toy"]["epoch"] == 2
 
 
 def test_zero_shot_cot_asks_twice_and_keeps_both_answers():
