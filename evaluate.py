@@ -7,14 +7,12 @@
 A completion dataset is one file: a model and a prompting method, on the samples of a task.  Only `generate` imports torch.
 """
 import argparse
-import csv
 import functools
 import glob
 import inspect
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -111,57 +109,49 @@ def next_logits(model, family, tokens, state):
     return output.logits[:, -1]
 
 
-def take_rows(state, rows):
-    """Go on with these rows (B',) only; a row may be taken several times."""
-    state["attention_mask"] = state["attention_mask"][rows]
-    if "encoder_outputs" in state:
-        state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
-    state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
-
-
 def layers_of(state):
     """-> [layer] of a Hugging Face cache, self-attention before cross-attention."""
     cache = state["past_key_values"]
     return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers] if hasattr(cache, "cross_attention_cache") else cache.layers
 
 
+def join(tensors, dim, left, spare=0):
+    """Stack (B_i, .., T_i at dim, ..) along the batch, padded at dim with zeros, on the left or right, and with spare room behind."""
+    width, at = max(t.shape[dim] for t in tensors), 0
+    shape = [sum(map(len, tensors)), *tensors[0].shape[1:dim], width + spare, *tensors[0].shape[dim + 1:]]
+    joined = tensors[0].new_zeros(shape)
+    for t in tensors:
+        joined[at:at + len(t)].narrow(dim, width - t.shape[dim] if left else 0, t.shape[dim]).copy_(t)
+        at += len(t)
+    return joined
+
+
 def prefill_in_parts(model, family, prompts, pad_id):
-    """`prefill` of prompts (longest first) in parts of like length and few tokens: little padding, small buffers.
+    """`prefill` of prompts (longest first) in parts of like length and about 1,024 tokens: little padding, small buffers.
 
     The layers of the joined cache write new tokens, and drop rows, in place.  As they come, they copy all they hold at every
-    token and every drop, which can take longer than the model itself.  Caches that do not keep all keys (windows, linear
-    attention) are made in one part and left as they are."""
+    token, which can take longer than the model.  Caches with other layers (windows, linear attention) stay as they are."""
     import torch
     from transformers.cache_utils import DynamicLayer
     parts = [[]]
     for prompt in prompts:
-        if len(parts[-1]) * len(parts[-1][0] if parts[-1] else prompt) >= 1024:
+        if parts[-1] and len(parts[-1]) * len(parts[-1][0]) >= 1024:
             parts.append([])
         parts[-1].append(prompt)
     logits, states = zip(*(prefill(model, family, part, pad_id) for part in parts))
-    if not all(type(layer) is DynamicLayer for layer in layers_of(states[0])):
-        return prefill(model, family, prompts, pad_id)
-    def join(tensors, dim, left=family == "decoder", spare=0):  # (B, .., T at dim, ..) of each part, padded with zeros
-        shape = list(tensors[0].shape)
-        shape[0], width, first = sum(map(len, tensors)), max(t.shape[dim] for t in tensors), 0
-        joined = tensors[0].new_zeros(*shape[:dim], width + spare, *shape[dim + 1:])
-        for t in tensors:
-            joined[first:first + len(t)].narrow(dim, width - t.shape[dim] if left else 0, t.shape[dim]).copy_(t)
-            first += len(t)
-        return joined
-    for layers in zip(*map(layers_of, states)):
-        layer = layers[0]
-        if layer.is_initialized:
-            layer.room = {name: join([getattr(one, name) for one in layers], 2, spare=64) for name in ("keys", "values")}
-            used = max(one.keys.shape[2] for one in layers)
-            for name, room in layer.room.items():
-                setattr(layer, name, room[:, :, :used])
-            layer.update, layer.reorder_cache = functools.partial(append_tokens, layer), functools.partial(move_rows, layer)
-            for one in layers[1:]:
-                one.keys = one.values = None
-    state = states[0] | {"attention_mask": join([one["attention_mask"] for one in states], 1)}
-    if "encoder_outputs" in state:
-        state["encoder_outputs"].last_hidden_state = join([one["encoder_outputs"].last_hidden_state for one in states], 1)
+    if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers_of(states[0])):
+        return prefill(model, family, prompts, pad_id) if len(parts) > 1 else (logits[0], states[0])
+    left, state = family == "decoder", states[0]
+    for layer, *others in zip(*map(layers_of, states)):
+        width = max(one.keys.shape[2] for one in (layer, *others))
+        layer.room = {name: join([getattr(one, name) for one in (layer, *others)], 2, left, spare=64) for name in ("keys", "values")}
+        layer.keys, layer.values = (room[:, :, :width] for room in layer.room.values())
+        layer.update, layer.reorder_cache = functools.partial(append_tokens, layer), functools.partial(move_rows, layer)
+        for one in others:
+            one.keys = one.values = None
+    state["attention_mask"] = join([one["attention_mask"] for one in states], 1, left)
+    if not left:
+        state["encoder_outputs"].last_hidden_state = join([one["encoder_outputs"].last_hidden_state for one in states], 1, left)
     return torch.cat(logits), state
 
 
@@ -171,8 +161,7 @@ def append_tokens(layer, keys, values, *_, **__):
         old, room = getattr(layer, name), layer.room[name]
         end = old.shape[2] + new.shape[2]
         if end > room.shape[2]:
-            room = layer.room[name] = new.new_empty(*old.shape[:2], end + 64, old.shape[3])
-            room[:, :, :old.shape[2]] = old
+            room = layer.room[name] = join([old], 2, False, spare=64)
         room[:len(new), :, old.shape[2]:end] = new
         setattr(layer, name, room[:len(new), :, :end])
     return layer.keys, layer.values
@@ -190,13 +179,18 @@ def move_rows(layer, rows):
         setattr(layer, name, old[:len(rows)])
 
 
+def take_rows(state, rows):
+    """Go on with these rows (B',) only; a row may be taken several times."""
+    state["attention_mask"] = state["attention_mask"][rows]
+    if "encoder_outputs" in state:
+        state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
+    state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
+
+
 def fill_gaps(going):
-    """Places (ascending) of the rows that go on -> their new order: the last rows fill the gaps, the others stay: [0, 2, 3] -> [0, 3, 2]."""
-    kept = list(range(len(going)))
-    gaps = [place for place in kept if place not in set(going)]
-    for gap, last in zip(gaps, going[len(going) - len(gaps):]):
-        kept[gap] = last
-    return kept
+    """Ascending places of the rows that go on -> their new order: the last ones fill the gaps: [0, 2, 3] -> [0, 3, 2]."""
+    last = [place for place in going if place >= len(going)]
+    return [place if place in going else last.pop() for place in range(len(going))]
 
 
 def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, stop=None):
@@ -205,11 +199,11 @@ def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, sto
 
     A prompt is read once for all its rows.  Raises UserError where logits are no numbers."""
     import torch
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     prompts = {row["index"]: row["ids"] for row in rows}
     tokens, place_of = [[] for _ in rows], {index: place for place, index in enumerate(prompts)}
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     logits, state = prefill_in_parts(model, family, list(prompts.values()), pad_id)
     if len(prompts) < len(rows):
         places = torch.tensor([place_of[row["index"]] for row in rows], device=logits.device)
@@ -232,21 +226,19 @@ def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, sto
                 going.append(place)
         if ended:
             yield ended
+            if not going:
+                return
             kept = fill_gaps(going)
             rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
-            if not rows:
-                return
-            places = torch.tensor(kept, device=picked.device)
-            picked = picked[places]
-            take_rows(state, places)
+            picked = picked[kept]
+            take_rows(state, torch.tensor(kept, device=picked.device))
         logits = next_logits(model, family, picked, state)
 
 
 def fit_positions(model, family, ids, limits, too_long):
-    """-> [(prompt, limit of new tokens)] that the model has positions for, and what to say about it.  A prompt that leaves no
-    room is refused (UserError), cut on the left, or gets the limit 0 (skip)."""
-    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0) if family == "decoder" else 0
-    positions = positions or sys.maxsize  # 0: no bound
+    """-> [(prompt, limit of new tokens)] that the model has positions for, and a remark on those that suffer.  A prompt that
+    leaves no room is refused (UserError), cut on the left, or gets the limit 0 (skip)."""
+    positions = family == "decoder" and max(getattr(model.config, "max_position_embeddings", None) or 0, 0) or sys.maxsize
     fitting = []
     for i, (row, limit) in enumerate(zip(ids, limits)):
         if len(row) >= positions and too_long == "cut":
@@ -254,26 +246,20 @@ def fit_positions(model, family, ids, limits, too_long):
         if not row or len(row) >= positions and too_long == "refuse":
             raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
         fitting.append((row, min(limit, max(0, positions - len(row)))))
-    counts = {"cut on the left": sum(len(row) < len(old) for (row, _), old in zip(fitting, ids)),
-              "without an answer": sum(not limit for _, limit in fitting),
-              "with fewer new tokens than asked for": sum(0 < new < old for (_, new), old in zip(fitting, limits))}
-    remarks = [f"{n} {what}" for what, n in counts.items() if n]
-    return fitting, remarks and f"the model has {positions} positions; of {len(ids)} prompts: {', '.join(remarks)}"
-
-
-def find_rank():
-    """-> (rank, number of ranks) of this process."""
-    import torch.distributed as dist
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    less, none, cut = (sum(map(test, zip(fitting, ids, limits))) for test in (
+        lambda x: x[0][1] < x[2], lambda x: not x[0][1], lambda x: len(x[0][0]) < len(x[1])))
+    return fitting, less + cut and (f"the model has {positions} positions: of {len(ids)} prompts {less} get fewer new tokens than asked "
+                                    f"for, {none} of them no answer, and {cut} are cut on the left")
 
 
 def gather(value):
-    """-> [value of each rank], on all ranks."""
+    """-> ([value of each rank], this process's rank)"""
     import torch.distributed as dist
-    shares = [value] * find_rank()[1]
-    if len(shares) > 1:
-        dist.all_gather_object(shares, value)
-    return shares
+    if not dist.is_initialized():
+        return [value], 0
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, value)
+    return shares, dist.get_rank()
 
 
 def journal_paths(path):
@@ -287,11 +273,10 @@ def remove_journals(path):
         old.unlink(missing_ok=True)
 
 
-def open_journals(path):
+def open_journals(path, rank, ranks):
     """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
-    rank, ranks = find_rank()
     journals = [tasks.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
-    return journals, {key: row for share in gather([j.rows for j in journals]) for rows in share for key, row in rows.items()}
+    return journals, {key: row for share in gather([j.rows for j in journals])[0] for rows in share for key, row in rows.items()}
 
 
 def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,
@@ -306,20 +291,19 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     fitting, remark = fit_positions(model, family, ids, limits, too_long)
-    (rank, ranks), journals, done = find_rank(), [], {}
+    shares, rank = gather(remark)
     if remark and rank == 0:
         print(remark)
-    settings = [temperature, top_p, stop, seed]
+    settings, journals, done = [temperature, top_p, stop, seed], [], {}
     if journal:  # a row may be taken from there if the weights and all else are the same
         settings += [p.sum(dtype=torch.float64).item() for p in model.parameters()]
-        journals, done = open_journals(journal)
+        journals, done = open_journals(journal, rank, len(shares))
     settings = tasks.fingerprint(settings)
     keys = {(i, k): tasks.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
     todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
-    todo = sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::ranks]
     rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
              "random": torch.Generator().manual_seed(int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
-            for i in todo for k in range(n) if keys[i, k] not in done]
+            for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh = model.training, {}
     model.eval()
     with torch.inference_mode():
@@ -327,12 +311,12 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
             for ended in decode_batch(model, tokenizer, family, rows[b:b + batch_size], temperature, top_p, stop):
                 ended = [{"key": row["key"], "completion": text, "finish_reason": reason} for row, text, reason in ended]
                 fresh |= {row["key"]: row for row in ended}
-                if journals:
-                    journals[0].append(ended)
+                for own in journals[:1]:
+                    own.append(ended)
     model.train(was_training)
     for one in journals:
         one.close()
-    for share in gather(fresh):
+    for share in gather(fresh)[0]:
         done |= share
     none = {"completion": "", "finish_reason": "length"}
     return [[{name: done.get(keys[i, k], none)[name] for name in none} for k in range(n)] for i in range(len(ids))]
@@ -472,131 +456,6 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
             "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}
 
 
-def print_scores(scores):
-    """One aligned line per file."""
-    print("accuracy  95% interval      paper flexible contains  format complete no answer      n  file")
-    for s in scores:
-        interval = f"[{s['low']:.2f}, {s['high']:.2f}]"
-        measures = " ".join(f"{s[k]:8.2f}" for k in ("paper", "flexible", "contains_answer", "correct_format", "complete"))
-        print(f"{s['accuracy']:8.2f}  {interval:<14} {measures[1:]} {s['no_answer']:9d} {s['n']:6d}  {s['file']} ({s['part']})")
-
-
-# ---------------- The table: methods x tasks, from what lies in saved/
-
-def read_paper_results():
-    """-> {(model, method, task): the accuracy that the paper prints}"""
-    with open(Path(__file__).parent / "data" / "paper_results.csv", newline="") as f:
-        return {(r["model"], r["method"], r["dataset"]): float(r["accuracy"]) for r in reversed(list(csv.DictReader(f)))
-                if r["kind"] == "printed" and not r["train_size"]}
-
-
-def paper_value(results, score):
-    """-> the published accuracy of the same model, method and task, or None."""
-    key, model, method = score["train_key"] or "", re.sub(r"^google[_/]", "", score["model"] or ""), score["method"]
-    if score["split"] != "default" or not re.fullmatch(r"((ft|ft_cot)(_\d+aug)?)?", key):
-        return None  # another split, template, seed: not the paper's cell
-    is_teacher = model.startswith("text-davinci")
-    names = {"zs": "zero_shot", "zs_cot": "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot", "fs_cot": "few_shot_cot",
-             "ft": "fine_tune", "ft_cot": "fine_tune_cot_diverse" if "aug" in key else "fine_tune_cot"}
-    return results.get((model if is_teacher else model.replace("-", "_"), names.get(method, method), score["task"]))
-
-
-def collect(saved, data_dir, rules="paper", allow_partial=False):
-    """-> {(model, label): {task: score}} over every completion file below saved/, and the files that could not be scored.
-
-    Teachers are scored on all samples and all repeats, as in the paper, students on the test part.  Of several epochs the
-    last stands in one row, the best on the test set in another, as is the paper's protocol, and the one that is best on
-    the validation share, if there is one, in a third."""
-    table, skipped, ranks = {}, [], {}
-    for path in sorted(Path(saved, "completion_data").glob("B_*/*.json")):
-        try:
-            metadata, _ = read_completions(path)
-            is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
-            where = metadata.get("split") or "default", data_dir, rules, allow_partial
-            s = score(path, "test" if is_student else "all", *where)
-            label, epoch = s["train_key"] or s["method"] or "?", s["epoch"]
-            measures = {label: epoch or 0} | ({f"{label}, best test epoch (the paper's protocol)": s["accuracy"]} if epoch is not None else {})
-            if metadata.get("validation"):
-                measures[f"{label}, epoch chosen on validation"] = score(path, "validation", *where)["accuracy"]
-        except UserError as e:
-            skipped.append(str(e))
-            continue
-        for row, measure in measures.items():
-            cell = s["model"] or "?", row, s["task"]
-            if cell not in ranks or measure > ranks[cell]:
-                ranks[cell] = measure
-                table.setdefault(cell[:2], {})[s["task"]] = s
-    return table, skipped
-
-
-def print_table(table, skipped, results):
-    """Rows: model and method; columns: tasks; cells: accuracy [95% interval] (the paper's value)."""
-    columns = [key for key in tasks.TASKS if any(key in row for row in table.values())]
-    def cell(s):
-        paper = paper_value(results, s)
-        return f"{s['accuracy']:.2f} [{s['low']:.1f}, {s['high']:.1f}]" + (f" (paper {paper:.2f})" if paper is not None else "")
-    lines = [["model", "method", *(tasks.TASKS[key].name for key in columns)],
-             ["", "random", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)]]
-    lines += [[*names, *(cell(row[key]) if key in row else "-" for key in columns)] for names, row in sorted(table.items())]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    for message in skipped:
-        print(f"not in the table: {message}", file=sys.stderr)
-
-
-# ---------------- What one looks at: single completions
-
-def print_completion(title, row, verdicts):
-    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
-    if "reasoning_completion" in row:
-        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
-    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
-    for rules, v in verdicts.items():
-        print(f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}")
-
-
-def report(results, student, seed, saved):
-    """The table of this run, with a right and a wrong completion to read."""
-    task = tasks.TASKS[results[-1]["task"]]
-    print(f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {task.random}%)\n")
-    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
-    for r in results:
-        label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
-        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
-        print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
-    judged = [(r["method"], *one) for r in reversed(results) for one in judge_rows(*read_completions(r["file"]), "paper")]
-    for outcome in ("right", "wrong"):
-        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
-            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
-    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
-          f"Compare runs: python evaluate.py table --saved {saved}")
-
-
-def run_show(args):
-    """Print some wrong, right and unreadable completions of a file."""
-    judged = judge_rows(*read_completions(args.file), args.rules)
-    for kind in ("wrong", "right", "unreadable"):
-        found = [(row, verdicts) for row, outcome, verdicts in judged if outcome == kind]
-        print(f"\n{len(found)} of {len(judged)} are {kind}" + (f"; the first {args.limit}:" if len(found) > args.limit else ""))
-        for row, verdicts in found[:args.limit]:
-            print_completion(kind, row, verdicts)
-
-
-def run_diff(args):
-    """Print the questions on which one file is right and the other is not, and how many there are of each."""
-    a, b = ({(row["sample_index"], row["completion_index"]): (row, outcome == "right", verdicts)
-             for row, outcome, verdicts in judge_rows(*read_completions(path), args.rules)} for path in (args.a, args.b))
-    both = sorted(a.keys() & b.keys())
-    if not both or any(a[key][0]["question"].strip() != b[key][0]["question"].strip() for key in both):
-        raise UserError(f"{args.a} and {args.b} hold no completions of the same questions: compare two files of one task")
-    for key in (key for key in both if a[key][1] != b[key][1]):
-        for path, (row, right, verdicts) in ((args.a, a[key]), (args.b, b[key])):
-            print_completion(f"{'right' if right else 'wrong'} in {path}", row, verdicts)
-    counts = [sum((a[key][1], b[key][1]) == pair for key in both) for pair in ((True, True), (True, False), (False, True), (False, False))]
-    print("\n{} completions in both files: {} right in both, {} in the first alone, {} in the second alone, {} in none".format(len(both), *counts))
-
-
 # ---------------- Command line
 
 def read_prompts(path, max_new_tokens):
@@ -633,31 +492,16 @@ def run_generate(args):
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, family = load_model(args.model, dtype)
-    done = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop, args.batch_size,
+    generated = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop, args.batch_size,
                     args.seed, top_p=args.top_p, journal=args.out)
-    if find_rank()[0] == 0:
+    if gather(None)[1] == 0:
         number = [{"completion_index": k} if args.samples > 1 else {} for k in range(args.samples)]
-        lines = [json.dumps({**row, **k, **one}) + "\n" for row, many in zip(rows, done) for k, one in zip(number, many)]
+        lines = [json.dumps({**row, **k, **one}) + "\n" for row, many in zip(rows, generated) for k, one in zip(number, many)]
         tasks.write_whole(args.out, "".join(lines))
         remove_journals(args.out)
         print(f"wrote {len(lines)} completions to {args.out}")
     if "RANK" in os.environ:
         torch.distributed.destroy_process_group()
-
-
-def run_score(args):
-    scores = [score(path, args.part, args.split, args.data, args.rules, args.allow_partial) for path in args.files]
-    if not args.json:
-        return print_scores(scores)
-    for s in scores:
-        print(json.dumps(s))
-
-
-def run_table(args):
-    table, skipped = collect(args.saved, args.data, args.rules, args.allow_partial)
-    if not table:
-        raise UserError(f"there is nothing to show under {args.saved}/completion_data{': ' + skipped[0] if skipped else ''}")
-    print_table(table, skipped, read_paper_results())
 
 
 def parse_args(argv=None):
@@ -701,7 +545,11 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        {"generate": run_generate, "score": run_score, "table": run_table, "show": run_show, "diff": run_diff}[args.command](args)
+        if args.command == "generate":
+            run_generate(args)
+        else:
+            from data import look
+            getattr(look, args.command)(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

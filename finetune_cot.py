@@ -471,7 +471,8 @@ def run(args):
         if "evaluate" in stages:
             results.append(test_finished(args, method, student_path(args, method)))
     if results and args.ranks.is_master:
-        evaluate.report(results, args.student, args.seed, args.saved)
+        from data import look
+        look.report(results, args.student, args.seed, args.saved)
 
 
 def main(argv=None):
