@@ -3,8 +3,9 @@
     python evaluate.py generate --model DIR --prompts FILE.jsonl --out FILE.jsonl     # {"prompt": ...} a line
     python evaluate.py score saved/completion_data/*/*.json [--part train|test|all] [--json]
     python evaluate.py table [--saved saved]
+    python evaluate.py show FILE    # wrong, right, unreadable completions to read;  diff FILE FILE: where two runs differ
 
-A completion dataset is one file: a model and a prompting method, on the samples of a task.  Only `generate` imports torch.
+Only `generate` imports torch.  Completion datasets are read and made in data/completions.py, looked at in data/look.py.
 """
 import argparse
 import functools
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 import tasks
+from data.completions import few_shot_examples, make_completions, read_completions  # noqa: F401 (names of this module too)
 from tasks import UserError
 
 
@@ -77,16 +79,12 @@ def prefill(model, family, prompts, pad_id):
     Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
-    width, left = max(map(len, prompts)), family == "decoder"
-    def pad(row, value):
-        padding = [value] * (width - len(row))
-        return padding + row if left else row + padding
-    ids = torch.tensor([pad(p, pad_id) for p in prompts], device=model.device)            # (B, T)
-    state = {"attention_mask": torch.tensor([pad([1] * len(p), 0) for p in prompts], device=model.device)}
+    left, rows = family == "decoder", [torch.tensor([p], device=model.device) for p in prompts]
+    mask = join([torch.ones_like(row) for row in rows], 1, left)                # (B, T)
+    ids, state = join(rows, 1, left).masked_fill(mask == 0, pad_id), {"attention_mask": mask}
     if left:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        positions = (state["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        output = model(input_ids=ids, **state, position_ids=positions, use_cache=True, **last)
+        output = model(input_ids=ids, **state, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True, **last)
     else:
         state["encoder_outputs"] = model.get_encoder()(input_ids=ids, **state)
         start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=model.device)
@@ -112,14 +110,14 @@ def next_logits(model, family, tokens, state):
 def layers_of(state):
     """-> [layer] of a Hugging Face cache, self-attention before cross-attention."""
     cache = state["past_key_values"]
-    return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers] if hasattr(cache, "cross_attention_cache") else cache.layers
+    both = (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "cross_attention_cache") else (cache,)
+    return [layer for part in both for layer in part.layers]
 
 
 def join(tensors, dim, left, spare=0):
     """Stack (B_i, .., T_i at dim, ..) along the batch, padded at dim with zeros, on the left or right, and with spare room behind."""
-    width, at = max(t.shape[dim] for t in tensors), 0
-    shape = [sum(map(len, tensors)), *tensors[0].shape[1:dim], width + spare, *tensors[0].shape[dim + 1:]]
-    joined = tensors[0].new_zeros(shape)
+    (_, *inner), width, at = tensors[0].shape, max(t.shape[dim] for t in tensors), 0
+    joined = tensors[0].new_zeros(sum(map(len, tensors)), *inner[:dim - 1], width + spare, *inner[dim:])
     for t in tensors:
         joined[at:at + len(t)].narrow(dim, width - t.shape[dim] if left else 0, t.shape[dim]).copy_(t)
         at += len(t)
@@ -187,12 +185,6 @@ def take_rows(state, rows):
     state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
 
 
-def fill_gaps(going):
-    """Ascending places of the rows that go on -> their new order: the last ones fill the gaps: [0, 2, 3] -> [0, 3, 2]."""
-    last = [place for place in going if place >= len(going)]
-    return [place if place in going else last.pop() for place in range(len(going))]
-
-
 def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, stop=None):
     """Decode rows {"index", "ids", "limit", "random"} side by side; at each step yield those that end, [(row, text, reason)]:
     `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit.
@@ -201,14 +193,13 @@ def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, sto
     import torch
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    prompts = {row["index"]: row["ids"] for row in rows}
-    tokens, place_of = [[] for _ in rows], {index: place for place, index in enumerate(prompts)}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens, prompts = [[] for _ in rows], {row["index"]: row["ids"] for row in rows}
     logits, state = prefill_in_parts(model, family, list(prompts.values()), pad_id)
     if len(prompts) < len(rows):
-        places = torch.tensor([place_of[row["index"]] for row in rows], device=logits.device)
+        places = [list(prompts).index(row["index"]) for row in rows]
         logits = logits[places]
-        take_rows(state, places)
+        take_rows(state, torch.tensor(places, device=logits.device))
     while True:
         if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
             raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
@@ -228,7 +219,8 @@ def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, sto
             yield ended
             if not going:
                 return
-            kept = fill_gaps(going)
+            last = [place for place in going if place >= len(going)]  # these fill the gaps, so that few rows move
+            kept = [place if place in going else last.pop() for place in range(len(going))]
             rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
             picked = picked[kept]
             take_rows(state, torch.tensor(kept, device=picked.device))
@@ -246,10 +238,9 @@ def fit_positions(model, family, ids, limits, too_long):
         if not row or len(row) >= positions and too_long == "refuse":
             raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
         fitting.append((row, min(limit, max(0, positions - len(row)))))
-    less, none, cut = (sum(map(test, zip(fitting, ids, limits))) for test in (
-        lambda x: x[0][1] < x[2], lambda x: not x[0][1], lambda x: len(x[0][0]) < len(x[1])))
-    return fitting, less + cut and (f"the model has {positions} positions: of {len(ids)} prompts {less} get fewer new tokens than asked "
-                                    f"for, {none} of them no answer, and {cut} are cut on the left")
+    less, none = sum(new < old for (_, new), old in zip(fitting, limits)), sum(not new for _, new in fitting)
+    return fitting, less and (f"the model has {positions} positions: {less} of {len(ids)} prompts get fewer new tokens than asked, "
+                              f"{none} none")
 
 
 def gather(value):
@@ -276,17 +267,18 @@ def remove_journals(path):
 def open_journals(path, rank, ranks):
     """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
     journals = [tasks.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
-    return journals, {key: row for share in gather([j.rows for j in journals])[0] for rows in share for key, row in rows.items()}
+    held = [rows for share in gather([journal.rows for journal in journals])[0] for rows in share]
+    return journals, {key: row for rows in held for key, row in rows.items()}
 
 
 def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,
              too_long="refuse", top_p=1.0, journal=None):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
 
-    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun
-    each rank decodes its share and all return everything.  `journal`: path of the file to be written in the end; completions
-    are kept beside it as they finish, and a run that was killed goes on there.  too_long: what to do with prompts that leave
-    no room in the model's positions: refuse (UserError), cut (on the left), or skip (empty completion, "length")."""
+    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun each rank
+    decodes its share and all return everything.  Beside `journal`, the path of the file to be written in the end, completions are kept
+    as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions (UserError),
+    cut them on the left, or skip them (empty completion, "length")."""
     import torch
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -320,72 +312,6 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
         done |= share
     none = {"completion": "", "finish_reason": "length"}
     return [[{name: done.get(keys[i, k], none)[name] for name in none} for k in range(n)] for i in range(len(ids))]
-
-
-# ---------------- Completion datasets
-
-def few_shot_examples(task, data_dir="data"):
-    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
-    path = Path(data_dir) / "few_shot_cot_prompts.json"
-    prompt = tasks.read_json(path).get(task) if path.exists() else None
-    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
-        raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
-                        "(there is none for tracking_shuffled_objects)")
-    return prompt["prompt"]
-
-
-def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
-    """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
-    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3.1): the rationale, then the answer after it."""
-    prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
-    stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
-    first = complete(prompts, degree, temperature, max_new_tokens, stop)
-    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"],
-                                      "answer": s["answer"], "prompt": prompt, **one} for k, one in enumerate(many)]
-            for s, prompt, many in zip(samples, prompts, first)}
-    if method == "zs_cot":
-        rows = [row for many in data.values() for row in many]
-        for row in rows:
-            row |= {"reasoning_" + k: row[k] for k in ("prompt", "completion", "finish_reason")}
-            row["prompt"] += row["completion"] + tasks.COT_ANSWER
-        for row, [answer] in zip(rows, complete([row["prompt"] for row in rows], 1, 0.0, max_new_tokens, None)):
-            row |= answer
-    return data
-
-
-METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None} | {k: str | None for k in (
-    "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
-ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
-             "reasoning_completion": str | None}
-
-
-def read_completions(path, task=None):
-    """-> (metadata, rows in order of sample and completion) of a completion file.
-
-    Raises UserError where it is not one, is another task's, or holds a completion twice."""
-    content = tasks.read_json(path)
-    metadata, data = content.get("metadata"), content.get("data")
-    if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
-        raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
-    for k, kind in METADATA_TYPES.items():
-        if not isinstance(metadata.get(k), kind):
-            raise UserError(f"{path}: {k} in its metadata is {metadata.get(k)!r}, which it cannot be: mend it")
-    key = tasks.find_task(metadata["dataset_key"]).key
-    if task and key != task:
-        raise UserError(f"{path} holds completions of the task {key}, not {task}")
-    rows = []
-    for index, many in data.items():
-        for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or str(row.get("sample_index")) != index \
-                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()):
-                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
-                                "completion, or one is not what it should be")
-            rows.append(row)
-    rows.sort(key=lambda r: (r["sample_index"], r["completion_index"]))
-    for a, b in zip(rows, rows[1:]):
-        if (a["sample_index"], a["completion_index"]) == (b["sample_index"], b["completion_index"]):
-            raise UserError(f"{path}: completion {a['completion_index']} of sample {a['sample_index']} is there twice")
-    return metadata, rows
 
 
 # ---------------- Scores
@@ -446,10 +372,11 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
         return round(100 * sum(flags) / len(rows), 2)
     correct = sum(outcome == "right" for _, outcome, _ in judged)
     low, high = wilson(correct, len(rows))
-    return {"file": str(path), "task": metadata["dataset_key"], "model": metadata.get("base_model"), "method": metadata.get("completion_key"),
-            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": metadata.get("prediction_template"),
-            "part": part, "split": split, "rules": rules, "n": len(rows), "correct": correct,
-            "accuracy": percent(outcome == "right" for _, outcome, _ in judged), "low": round(low, 2), "high": round(high, 2),
+    names = {"task": "dataset_key", "model": "base_model", "method": "completion_key", "train_key": "train_key", "epoch": "epoch",
+             "template": "prediction_template"}
+    return {"file": str(path), **{name: metadata.get(key) for name, key in names.items()}, "part": part, "split": split, "rules": rules,
+            "n": len(rows), "correct": correct, "accuracy": round(100 * correct / len(rows), 2),
+            "low": round(low, 2), "high": round(high, 2),
             **{r: percent(v[r].correct for _, _, v in judged) for r in ("paper", "flexible")},
             **{k: percent(getattr(v[rules], k) for _, _, v in judged) for k in ("contains_answer", "correct_format")},
             "complete": percent(row.get("finish_reason") == "stop" for row in rows),
@@ -505,9 +432,11 @@ def run_generate(args):
 
 
 def parse_args(argv=None):
+    from data import look
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="decode prompts with a local model")
+    g.set_defaults(run=run_generate)
     g.add_argument("--model", required=True, help="Hugging Face folder or name")
     g.add_argument("--prompts", required=True, help='JSON lines: {"prompt": text, "max_new_tokens"?: number}')
     g.add_argument("--out", required=True, help="JSON lines: the same rows with completion and finish_reason, in the same order")
@@ -520,36 +449,14 @@ def parse_args(argv=None):
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    s = commands.add_parser("score", help="score completion files")
-    s.add_argument("files", nargs="+", help="completion files")
-    s.add_argument("--part", choices=["train", "validation", "test", "all"], default="test",
-                   help="samples to score (default test; the paper's Teacher rows: all)")
-    s.add_argument("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
-    s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
-    t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
-    t.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
-    look = commands.add_parser("show", help="read wrong, right and unreadable completions of a file")
-    look.add_argument("file", help="completion file")
-    look.add_argument("--limit", type=int, default=5, help="completions of each kind (default 5)")
-    d = commands.add_parser("diff", help="the questions on which two completion files differ")
-    d.add_argument("a", help="completion file")
-    d.add_argument("b", help="another, of the same task")
-    for p in (s, t, look, d):
-        p.add_argument("--rules", choices=["paper", "flexible"], default="paper", help="answer cleansing that decides (default paper)")
-    for p in (s, t):
-        p.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
-        p.add_argument("--allow_partial", action="store_true", help="score files that lack samples of the part")
+    look.add_commands(commands)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.command == "generate":
-            run_generate(args)
-        else:
-            from data import look
-            getattr(look, args.command)(args)
+        args.run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

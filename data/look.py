@@ -65,7 +65,9 @@ def collect(saved, data_dir, rules="paper", allow_partial=False):
             where = metadata.get("split") or "default", data_dir, rules, allow_partial
             s = evaluate.score(path, "test" if is_student else "all", *where)
             label, epoch = s["train_key"] or s["method"] or "?", s["epoch"]
-            measures = {label: epoch or 0} | ({f"{label}, best test epoch (the paper's protocol)": s["accuracy"]} if epoch is not None else {})
+            measures = {label: epoch or 0}
+            if epoch is not None:
+                measures[f"{label}, best test epoch (the paper's protocol)"] = s["accuracy"]
             if metadata.get("validation"):
                 measures[f"{label}, epoch chosen on validation"] = evaluate.score(path, "validation", *where)["accuracy"]
         except UserError as e:
@@ -123,7 +125,8 @@ def report(results, student, seed, saved):
         label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
         interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
         print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
-    judged = [(r["method"], *one) for r in reversed(results) for one in evaluate.judge_rows(*evaluate.read_completions(r["file"]), "paper")]
+    judged = [(r["method"], *one) for r in reversed(results)
+              for one in evaluate.judge_rows(*evaluate.read_completions(r["file"]), "paper")]
     for outcome in ("right", "wrong"):
         for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
             print_completion(f"A {outcome} completion of {method}:", row, verdicts)
@@ -154,3 +157,29 @@ def diff(args):
     counts = [sum((a[key][1], b[key][1]) == pair for key in both) for pair in ((True, True), (True, False), (False, True), (False, False))]
     print("\n{} completions in both files: {} right in both, {} in the first alone, {} in the second alone, {} in neither"
           .format(len(both), *counts))
+
+
+# ---------------- Command line: the part of evaluate.py's that looks
+
+def add_commands(commands):
+    s = commands.add_parser("score", help="score completion files")
+    s.add_argument("files", nargs="+", help="completion files")
+    s.add_argument("--part", choices=["train", "validation", "test", "all"], default="test",
+                   help="samples to score (default test; the paper's Teacher rows: all)")
+    s.add_argument("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
+    s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
+    t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
+    t.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
+    r = commands.add_parser("show", help="read wrong, right and unreadable completions of a file")
+    r.add_argument("file", help="completion file")
+    r.add_argument("--limit", type=int, default=5, help="completions of each kind (default 5)")
+    d = commands.add_parser("diff", help="the questions on which two completion files differ")
+    d.add_argument("a", help="completion file")
+    d.add_argument("b", help="another, of the same task")
+    for p in (s, t, r, d):
+        p.add_argument("--rules", choices=["paper", "flexible"], default="paper", help="answer cleansing that decides (default paper)")
+    for p in (s, t):
+        p.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
+        p.add_argument("--allow_partial", action="store_true", help="score files that lack samples of the part")
+    for p, run in ((s, score), (t, table), (r, show), (d, diff)):
+        p.set_defaults(run=run)

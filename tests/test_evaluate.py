@@ -90,7 +90,7 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(prompt):
 def test_a_prompt_that_is_too_long_may_go_unanswered_and_the_others_do_not_suffer(capsys):
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     rows = evaluate.generate(model, tokenizer, "decoder", ["a", "x" * 256, "b"], 5, too_long="skip")
-    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "of 3 prompts: 1 without an answer" in capsys.readouterr().out
+    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "1 of 3 prompts get fewer new tokens than asked, 1 none" in capsys.readouterr().out
     assert [rows[0], rows[2]] == evaluate.generate(model, tokenizer, "decoder", ["a", "b"], 5)
 
 
