@@ -383,6 +383,35 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
             "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}
 
 
+# ---------------- What the user sees at the end
+
+def print_completion(title, row, verdicts):
+    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
+    if "reasoning_completion" in row:
+        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
+    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
+    for rules, v in verdicts.items():
+        print(f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}")
+
+
+def report(results, student, seed, saved):
+    """The table of this run, with a right and a wrong completion to read."""
+    task = tasks.TASKS[results[-1]["task"]]
+    print(f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {task.random}%)\n")
+    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
+    for r in results:
+        label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
+        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
+        print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
+    judged = [(r["method"], *one) for r in reversed(results)
+              for one in judge_rows(*read_completions(r["file"]), "paper")]
+    for outcome in ("right", "wrong"):
+        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
+            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
+    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
+          f"Compare runs: python evaluate.py table --saved {saved}")
+
+
 # ---------------- Command line
 
 def read_prompts(path, max_new_tokens):

@@ -39,8 +39,9 @@ def teacher_key(args):
 
 def run_suffix(args, method="ft_cot"):
     """What distinguishes two curated sets or students of one task besides the method: degree, split and validation share."""
-    share = f"_v{round(100 * args.validation)}" if args.validation else ""
-    return (f"_{args.degree}aug" if args.degree > 1 and method != "ft" else "") + (f"_{args.split}" if args.split != "default" else "") + share
+    parts = ((f"{args.degree}aug", args.degree > 1 and method != "ft"), (args.split, args.split != "default"),
+             (f"v{args.validation:g}", args.validation))
+    return "".join(f"_{part}" for part, is_there in parts if is_there)
 
 
 def finetune_key(args, method):
@@ -313,8 +314,8 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
             write_completions(path, metadata, data)
         seconds, log = time.perf_counter() - start, student_path(args, method) / "log.jsonl"
         trained = [row["seconds"] for row in (tasks.read_jsonl(log) if log.exists() else []) if "epoch_loss" in row]
-        share = f", {100 * seconds / max(trained[-1], 0.001):.0f}% of what training the epoch took" if trained else ""
-        print_once(args, f"evaluate: {len(samples)} questions in {seconds:.1f} s{share}")
+        print_once(args, f"evaluate: {len(samples)} questions in {seconds:.1f} s"
+                         + (f", {100 * seconds / max(trained[-1], 0.001):.0f}% of what training the epoch took" if trained else ""))
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
     print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
                      f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")
@@ -412,8 +413,7 @@ def parse_args(argv=None):
     training.add_argument("--family", choices=["decoder", "encoder_decoder"], help="of a student by hub name (default: by its name)")
     training.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     evaluating = parser.add_argument_group("evaluation")
-    evaluating.add_argument("--eval_every", type=int, default=0,
-                            help="epochs between evaluations while training (default 0: at the end only; paper 1)")
+    evaluating.add_argument("--eval_every", type=int, default=0, help="epochs between evaluations (default 0: at the end only; paper 1)")
     evaluating.add_argument("--validation", type=float, default=0.0, help="share of train set aside to choose the epoch by (default 0)")
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
     evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once (default 64)")
@@ -471,8 +471,7 @@ def run(args):
         if "evaluate" in stages:
             results.append(test_finished(args, method, student_path(args, method)))
     if results and args.ranks.is_master:
-        from data import look
-        look.report(results, args.student, args.seed, args.saved)
+        evaluate.report(results, args.student, args.seed, args.saved)
 
 
 def main(argv=None):

@@ -493,5 +493,7 @@ def load_split(task, split="default", data_dir="data"):
 
 def set_aside(train, share, seed):
     """-> (training indices without it, a share of them for validation)."""
-    aside = random.Random(seed).sample(train, round(min(share, 0.9) * len(train)))
+    if not 0 <= share < 1:
+        raise UserError(f"--validation {share} is a share of the training samples: 0 or more, and below 1")
+    aside = random.Random(seed).sample(train, round(share * len(train)))
     return sorted({*train} - {*aside}), sorted(aside)
