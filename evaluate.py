@@ -403,8 +403,11 @@ def report(results, student, seed, saved):
         label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
         interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
         print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
-    judged = [(r["method"], *one) for r in reversed(results)
-              for one in judge_rows(*read_completions(r["file"]), "paper")]
+    judged = []
+    for r in reversed(results):
+        metadata, rows = read_completions(r["file"])
+        rows = [row for row in rows if row["sample_index"] not in (metadata.get("validation") or [])]
+        judged += [(r["method"], *one) for one in judge_rows(metadata, rows, "paper")]
     for outcome in ("right", "wrong"):
         for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
             print_completion(f"A {outcome} completion of {method}:", row, verdicts)
