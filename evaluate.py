@@ -3,20 +3,23 @@
     python evaluate.py generate --model DIR --prompts FILE.jsonl --out FILE.jsonl     # {"prompt": ...} a line
     python evaluate.py score saved/completion_data/*/*.json [--part train|test|all] [--json]
     python evaluate.py table [--saved saved]
+    python evaluate.py show FILE    # wrong, right, unreadable completions to read;  diff FILE FILE: where two runs differ
 
-A completion dataset is one file: a model and a prompting method, on the samples of a task.  Only `generate` imports torch.
+Only `generate` imports torch.  Completion datasets are read and made in data/completions.py, looked at in data/look.py.
 """
 import argparse
-import csv
+import functools
+import glob
+import inspect
 import json
 import math
-import re
+import os
 import sys
 from pathlib import Path
 
 import tasks
-from data import files
-from data.files import UserError
+from data.completions import few_shot_examples, make_completions, read_completions  # noqa: F401 (names of this module too)
+from tasks import UserError
 
 
 # ---------------- Local models
@@ -54,36 +57,38 @@ def load_model(name, dtype="float32"):
     return model, tokenizer, "encoder_decoder" if config.is_encoder_decoder else "decoder"
 
 
-def pick_tokens(logits, temperature, generators):
-    """(B, V) -> (B,) next tokens: greedy at temperature 0, else one draw a row from the row's own random stream."""
+def pick_tokens(logits, temperature, generators, top_p=1.0):
+    """(B, V) -> (B,) next tokens: greedy at temperature 0, else one draw a row from the row's own random stream, of the
+    likeliest tokens that reach top_p together."""
     import torch
     if not temperature:
         return logits.argmax(-1)
-    cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+    chances = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1:
+        ranked, order = chances.sort(-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        chances = chances.scatter(-1, order, ranked)
+    cumulative = chances.cumsum(-1)
     draws = torch.tensor([[torch.rand((), dtype=torch.float64, generator=g)] for g in generators], device=logits.device)
     return torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
-def prefill(model, family, prompts, pad_id, device):
+def prefill(model, family, prompts, pad_id):
     """Read a batch of prompts (lists of ids); -> (logits (B, V) of the first new token, what later steps need).
 
     Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
-    width = max(map(len, prompts))
-    left = family == "decoder"
-    def fill(row, value):
-        padding = [value] * (width - len(row))
-        return padding + row if left else row + padding
-    ids = torch.tensor([fill(p, pad_id) for p in prompts], device=device)            # (B, T)
-    mask = torch.tensor([fill([1] * len(p), 0) for p in prompts], device=device)     # (B, T)
-    if not left:
-        state = {"encoder_outputs": model.get_encoder()(input_ids=ids, attention_mask=mask), "attention_mask": mask}
-        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=device)
-        output = model(**state, decoder_input_ids=start, use_cache=True)
+    left, rows = family == "decoder", [torch.tensor([p], device=model.device) for p in prompts]
+    mask = join([torch.ones_like(row) for row in rows], 1, left)                # (B, T)
+    ids, state = join(rows, 1, left).masked_fill(mask == 0, pad_id), {"attention_mask": mask}
+    if left:
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        output = model(input_ids=ids, **state, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True, **last)
     else:
-        state = {"attention_mask": mask}
-        output = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
+        state["encoder_outputs"] = model.get_encoder()(input_ids=ids, **state)
+        start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=model.device)
+        output = model(**state, decoder_input_ids=start, use_cache=True)
     if getattr(output, "past_key_values", None) is None:
         raise UserError(f"models of type {model.config.model_type} keep no key-value cache, so they cannot be decoded here")
     return output.logits[:, -1], state | {"past_key_values": output.past_key_values}
@@ -102,147 +107,211 @@ def next_logits(model, family, tokens, state):
     return output.logits[:, -1]
 
 
-def drop_rows(state, rows):
-    """Go on with these rows only: finished rows cost nothing from here on."""
+def layers_of(state):
+    """-> [layer] of a Hugging Face cache, self-attention before cross-attention."""
+    cache = state["past_key_values"]
+    both = (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "cross_attention_cache") else (cache,)
+    return [layer for part in both for layer in part.layers]
+
+
+def join(tensors, dim, left, spare=0):
+    """Stack (B_i, .., T_i at dim, ..) along the batch, padded at dim with zeros, on the left or right, and with spare room behind."""
+    (_, *inner), width, at = tensors[0].shape, max(t.shape[dim] for t in tensors), 0
+    joined = tensors[0].new_zeros(sum(map(len, tensors)), *inner[:dim - 1], width + spare, *inner[dim:])
+    for t in tensors:
+        joined[at:at + len(t)].narrow(dim, width - t.shape[dim] if left else 0, t.shape[dim]).copy_(t)
+        at += len(t)
+    return joined
+
+
+def prefill_in_parts(model, family, prompts, pad_id):
+    """`prefill` of prompts (longest first) in parts of like length and about 1,024 tokens: little padding, small buffers.
+
+    The layers of the joined cache write new tokens, and drop rows, in place.  As they come, they copy all they hold at every
+    token, which can take longer than the model.  Caches with other layers (windows, linear attention) stay as they are."""
+    import torch
+    from transformers.cache_utils import DynamicLayer
+    parts = [[]]
+    for prompt in prompts:
+        if parts[-1] and len(parts[-1]) * len(parts[-1][0]) >= 1024:
+            parts.append([])
+        parts[-1].append(prompt)
+    logits, states = zip(*(prefill(model, family, part, pad_id) for part in parts))
+    if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers_of(states[0])):
+        return prefill(model, family, prompts, pad_id) if len(parts) > 1 else (logits[0], states[0])
+    left, state = family == "decoder", states[0]
+    for layer, *others in zip(*map(layers_of, states)):
+        width = max(one.keys.shape[2] for one in (layer, *others))
+        layer.room = {name: join([getattr(one, name) for one in (layer, *others)], 2, left, spare=64) for name in ("keys", "values")}
+        layer.keys, layer.values = (room[:, :, :width] for room in layer.room.values())
+        layer.update, layer.reorder_cache = functools.partial(append_tokens, layer), functools.partial(move_rows, layer)
+        for one in others:
+            one.keys = one.values = None
+    state["attention_mask"] = join([one["attention_mask"] for one in states], 1, left)
+    if not left:
+        state["encoder_outputs"].last_hidden_state = join([one["encoder_outputs"].last_hidden_state for one in states], 1, left)
+    return torch.cat(logits), state
+
+
+def append_tokens(layer, keys, values, *_, **__):
+    """`update` of a cache layer that writes new keys and values (B, H, 1, D) into the room behind the old ones (B, H, T, D)."""
+    for name, new in (("keys", keys), ("values", values)):
+        old, room = getattr(layer, name), layer.room[name]
+        end = old.shape[2] + new.shape[2]
+        if end > room.shape[2]:
+            room = layer.room[name] = join([old], 2, False, spare=64)
+        room[:len(new), :, old.shape[2]:end] = new
+        setattr(layer, name, room[:len(new), :, :end])
+    return layer.keys, layer.values
+
+
+def move_rows(layer, rows):
+    """`reorder_cache` of a cache layer, in place where no row comes from before its new place (several samples of a prompt do)."""
+    for name in ("keys", "values"):
+        old = getattr(layer, name)
+        if len(rows) > len(old):
+            layer.room[name] = old = old[rows]
+        else:
+            moved = (rows != rows.new_tensor(range(len(rows)))).nonzero().squeeze(1)
+            old[moved] = old[rows[moved]]
+        setattr(layer, name, old[:len(rows)])
+
+
+def take_rows(state, rows):
+    """Go on with these rows (B',) only; a row may be taken several times."""
     state["attention_mask"] = state["attention_mask"][rows]
     if "encoder_outputs" in state:
         state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
     state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
 
 
-def decode_batch(model, tokenizer, family, prompts, limits, temperature, stop, generators):
-    """-> [(text, finish_reason)]: `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit."""
+def decode_batch(model, tokenizer, family, rows, temperature=0.0, top_p=1.0, stop=None):
+    """Decode rows {"index", "ids", "limit", "random"} side by side; at each step yield those that end, [(row, text, reason)]:
+    `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit.
+
+    A prompt is read once for all its rows.  Raises UserError where logits are no numbers."""
     import torch
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    tokens, results = [[] for _ in prompts], [None] * len(prompts)
-    live = list(range(len(prompts)))
-    logits, state = prefill(model, family, prompts, pad_id, model.device)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    tokens, prompts = [[] for _ in rows], {row["index"]: row["ids"] for row in rows}
+    logits, state = prefill_in_parts(model, family, list(prompts.values()), pad_id)
+    if len(prompts) < len(rows):
+        places = [list(prompts).index(row["index"]) for row in rows]
+        logits = logits[places]
+        take_rows(state, torch.tensor(places, device=logits.device))
     while True:
-        picked = pick_tokens(logits.float(), temperature, [generators[i] for i in live])
-        going = []
-        for place, (i, token) in enumerate(zip(live, picked.tolist())):
-            tokens[i].append(token)
-            text = tokenizer.decode(tokens[i], skip_special_tokens=True) if stop else ""
+        if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
+            raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
+                            f"{len(tokens[0]) + 1}: its weights are damaged, or too large for this --precision")
+        picked = pick_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p)
+        ended, going = [], []
+        for place, (row, new, token) in enumerate(zip(rows, tokens, picked.tolist())):
+            new.append(token)
+            at_end = token in eos or len(new) >= row["limit"]
+            text = tokenizer.decode(new, skip_special_tokens=True) if stop or at_end else ""
             cut = min((text.find(s) for s in stop or () if s in text), default=-1)
-            if token in eos or cut >= 0:
-                results[i] = (text[:cut] if cut >= 0 else tokenizer.decode(tokens[i], skip_special_tokens=True), "stop")
-            elif len(tokens[i]) >= limits[i]:
-                results[i] = (tokenizer.decode(tokens[i], skip_special_tokens=True), "length")
+            if cut >= 0 or at_end:
+                ended.append((row, text[:cut] if cut >= 0 else text, "stop" if cut >= 0 or token in eos else "length"))
             else:
                 going.append(place)
-        if not going:
-            return results
-        if len(going) < len(live):
-            rows = torch.tensor(going, device=picked.device)
-            live, picked = [live[place] for place in going], picked[rows]
-            drop_rows(state, rows)
+        if ended:
+            yield ended
+            if not going:
+                return
+            last = [place for place in going if place >= len(going)]  # these fill the gaps, so that few rows move
+            kept = [place if place in going else last.pop() for place in range(len(going))]
+            rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
+            picked = picked[kept]
+            take_rows(state, torch.tensor(kept, device=picked.device))
         logits = next_logits(model, family, picked, state)
 
 
-def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=32, seed=0,
-             refuse_long=True):
+def fit_positions(model, family, ids, limits, too_long):
+    """-> [(prompt, limit of new tokens)] that the model has positions for, and a remark on those that suffer.  A prompt that
+    leaves no room is refused (UserError), cut on the left, or gets the limit 0 (skip)."""
+    positions = family == "decoder" and max(getattr(model.config, "max_position_embeddings", None) or 0, 0) or sys.maxsize
+    fitting = []
+    for i, (row, limit) in enumerate(zip(ids, limits)):
+        if len(row) >= positions and too_long == "cut":
+            row = row[min(limit, positions // 2) - positions:]
+        if not row or len(row) >= positions and too_long == "refuse":
+            raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
+        fitting.append((row, min(limit, max(0, positions - len(row)))))
+    less, none = sum(new < old for (_, new), old in zip(fitting, limits)), sum(not new for _, new in fitting)
+    return fitting, less and (f"the model has {positions} positions: {less} of {len(ids)} prompts get fewer new tokens than asked, "
+                              f"{none} none")
+
+
+def gather(value):
+    """-> ([value of each rank], this process's rank)"""
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return [value], 0
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, value)
+    return shares, dist.get_rank()
+
+
+def journal_paths(path):
+    """-> {rank: path} of the journals beside a file that is yet to be written."""
+    return {int(p.name.rpartition("-")[2]): p for p in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")}
+
+
+def remove_journals(path):
+    """To be called when the file is written."""
+    for old in journal_paths(path).values():
+        old.unlink(missing_ok=True)
+
+
+def open_journals(path, rank, ranks):
+    """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
+    journals = [tasks.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
+    held = [rows for share in gather([journal.rows for journal in journals])[0] for rows in share]
+    return journals, {key: row for rows in held for key, row in rows.items()}
+
+
+def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,
+             too_long="refuse", top_p=1.0, journal=None):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
 
-    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun
-    each rank decodes its share and all return everything.  Raises UserError for a prompt that is empty or leaves no room in
-    the model's positions; without refuse_long the latter gets an empty completion, "length"."""
+    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun each rank
+    decodes its share and all return everything.  Beside `journal`, the path of the file to be written in the end, completions are kept
+    as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions (UserError),
+    cut them on the left, or skip them (empty completion, "length")."""
     import torch
-    import torch.distributed as dist
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0) if family == "decoder" else 0  # 0: no bound
-    too_long = {i for i, row in enumerate(ids) if positions and len(row) >= positions}
-    for i, row in enumerate(ids):
-        if not row or i in too_long and refuse_long:
-            raise UserError(f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}")
-    limits = [min(limit, positions - len(row)) if positions else limit for limit, row in zip(limits, ids)]
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    if too_long and rank == 0:
-        print(f"{len(too_long)} of {len(prompts)} prompts leave no room in the model's {positions} positions: no answer to these")
-    rows = [(i, k) for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])) if i not in too_long for k in range(n)][rank::ranks]
-    batches = [rows[b:b + batch_size] for b in range(0, len(rows), batch_size)]
-    done, was_training = {(i, k): ("", "length") for i in too_long for k in range(n)}, model.training
+    fitting, remark = fit_positions(model, family, ids, limits, too_long)
+    shares, rank = gather(remark)
+    if remark and rank == 0:
+        print(remark)
+    settings, journals, done = [temperature, top_p, stop, seed], [], {}
+    if journal:  # a row may be taken from there if the weights and all else are the same
+        settings += [p.sum(dtype=torch.float64).item() for p in model.parameters()]
+        journals, done = open_journals(journal, rank, len(shares))
+    settings = tasks.fingerprint(settings)
+    keys = {(i, k): tasks.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
+    todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
+    rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
+             "random": torch.Generator().manual_seed(int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
+            for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
+    was_training, fresh = model.training, {}
     model.eval()
     with torch.inference_mode():
-        for batch in files.progress(batches, "decoding", show=rank == 0):
-            seeds = [int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63 for i, k in batch]
-            results = decode_batch(model, tokenizer, family, [ids[i] for i, _ in batch], [limits[i] for i, _ in batch],
-                                   temperature, stop, [torch.Generator().manual_seed(s) for s in seeds])
-            done.update(zip(batch, results))
+        for b in tasks.progress(range(0, len(rows), batch_size), "decoding", show=rank == 0):
+            for ended in decode_batch(model, tokenizer, family, rows[b:b + batch_size], temperature, top_p, stop):
+                ended = [{"key": row["key"], "completion": text, "finish_reason": reason} for row, text, reason in ended]
+                fresh |= {row["key"]: row for row in ended}
+                for own in journals[:1]:
+                    own.append(ended)
     model.train(was_training)
-    if ranks > 1:
-        shares = [None] * ranks
-        dist.all_gather_object(shares, done)
-        done = {row: result for share in shares for row, result in share.items()}
-    return [[dict(zip(("completion", "finish_reason"), done[i, k])) for k in range(n)] for i in range(len(prompts))]
-
-
-# ---------------- Completion datasets
-
-def few_shot_examples(task, data_dir="data"):
-    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
-    path = Path(data_dir) / "few_shot_cot_prompts.json"
-    prompt = files.read_json(path).get(task) if path.exists() else None
-    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
-        raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
-                        "(there is none for tracking_shuffled_objects)")
-    return prompt["prompt"]
-
-
-def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
-    """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
-    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3.1): the rationale, then the answer after it."""
-    prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
-    stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
-    first = complete(prompts, degree, temperature, max_new_tokens, stop)
-    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"],
-                                      "answer": s["answer"], "prompt": prompt, **one} for k, one in enumerate(many)]
-            for s, prompt, many in zip(samples, prompts, first)}
-    if method == "zs_cot":
-        rows = [row for many in data.values() for row in many]
-        for row in rows:
-            row |= {"reasoning_" + k: row[k] for k in ("prompt", "completion", "finish_reason")}
-            row["prompt"] += row["completion"] + tasks.COT_ANSWER
-        for row, [answer] in zip(rows, complete([row["prompt"] for row in rows], 1, 0.0, max_new_tokens, None)):
-            row |= answer
-    return data
-
-
-METADATA_TYPES = {"dataset_key": str, "epoch": int | None} | {k: str | None for k in (
-    "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
-ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
-             "reasoning_completion": str | None}
-
-
-def read_completions(path, task=None):
-    """-> (metadata, rows in order of sample and completion) of a completion file.
-
-    Raises UserError where it is not one, is another task's, or holds a completion twice."""
-    content = files.read_json(path)
-    metadata, data = content.get("metadata"), content.get("data")
-    if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
-        raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
-    for k, kind in METADATA_TYPES.items():
-        if not isinstance(metadata.get(k), kind):
-            raise UserError(f"{path}: {k} in its metadata is {metadata.get(k)!r}, which it cannot be: mend it")
-    key = tasks.find_task(metadata["dataset_key"]).key
-    if task and key != task:
-        raise UserError(f"{path} holds completions of the task {key}, not {task}")
-    rows = []
-    for index, many in data.items():
-        for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or str(row.get("sample_index")) != index \
-                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()):
-                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
-                                "completion, or one is not what it should be")
-            rows.append(row)
-    rows.sort(key=lambda r: (r["sample_index"], r["completion_index"]))
-    for a, b in zip(rows, rows[1:]):
-        if (a["sample_index"], a["completion_index"]) == (b["sample_index"], b["completion_index"]):
-            raise UserError(f"{path}: completion {a['completion_index']} of sample {a['sample_index']} is there twice")
-    return metadata, rows
+    for one in journals:
+        one.close()
+    for share in gather(fresh)[0]:
+        done |= share
+    none = {"completion": "", "finish_reason": "length"}
+    return [[{name: done.get(keys[i, k], none)[name] for name in none} for k in range(n)] for i in range(len(ids))]
 
 
 # ---------------- Scores
@@ -269,125 +338,60 @@ def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
     if part == "all" and task != "toy" and not (Path(data_dir) / "dataset" / f"{task}.json").exists():
         return rows  # nothing to check against: the rows carry their gold answers
     samples = tasks.load(task, data_dir)
-    wanted = range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[("train", "test").index(part)]
     check_rows(path, rows, task, samples, data_dir)
-    missing = sorted(set(wanted) - {row["sample_index"] for row in rows})
+    if part == "validation":
+        wanted = set(metadata.get("validation") or [])
+    else:
+        wanted = set(range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[part == "test"])
+    missing = sorted(wanted - {row["sample_index"] for row in rows})
     if missing and not allow_partial:
         raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
                         "complete it, choose another --part, or score what there is with --allow_partial")
-    wanted = set(wanted)
     return [row for row in rows if row["sample_index"] in wanted]
+
+
+def judge_rows(metadata, rows, rules):
+    """-> [(row, "right", "wrong" or "unreadable" by these rules, {rules: Verdict})]"""
+    judged = []
+    for row in rows:
+        verdicts = {r: tasks.judge(metadata["dataset_key"], metadata.get("prediction_template"), row["completion"], row["answer"], r)
+                    for r in ("paper", "flexible")}
+        asked = verdicts[rules]
+        judged.append((row, "right" if asked.correct else "unreadable" if asked.prediction in (None, "") else "wrong", verdicts))
+    return judged
 
 
 def score(path, part="test", split="default", data_dir="data", rules="paper", allow_partial=False):
     """-> one dict: what the file is, n, accuracy by the asked rules with its 95% interval, and both rules' measures (all %)."""
     metadata, rows = read_completions(path)
-    task, template = metadata["dataset_key"], metadata.get("prediction_template")
     rows = rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial)
     if not rows:
         raise UserError(f"{path} has no completion of part '{part}'")
-    verdicts = {r: [tasks.judge(task, template, row.get("completion"), row["answer"], r) for row in rows] for r in ("paper", "flexible")}
+    judged = judge_rows(metadata, rows, rules)
     def percent(flags):
         return round(100 * sum(flags) / len(rows), 2)
-    asked = verdicts[rules]
-    correct = sum(v.correct for v in asked)
+    correct = sum(outcome == "right" for _, outcome, _ in judged)
     low, high = wilson(correct, len(rows))
-    return {"file": str(path), "task": task, "model": metadata.get("base_model"), "method": metadata.get("completion_key"),
-            "train_key": metadata.get("train_key"), "epoch": metadata.get("epoch"), "template": template,
-            "part": part, "split": split, "rules": rules, "n": len(rows), "correct": correct,
-            "accuracy": percent(v.correct for v in asked), "low": round(low, 2), "high": round(high, 2),
-            "paper": percent(v.correct for v in verdicts["paper"]), "flexible": percent(v.correct for v in verdicts["flexible"]),
-            "contains_answer": percent(v.contains_answer for v in asked), "correct_format": percent(v.correct_format for v in asked),
+    names = {"task": "dataset_key", "model": "base_model", "method": "completion_key", "train_key": "train_key", "epoch": "epoch",
+             "template": "prediction_template"}
+    return {"file": str(path), **{name: metadata.get(key) for name, key in names.items()}, "part": part, "split": split, "rules": rules,
+            "n": len(rows), "correct": correct, "accuracy": round(100 * correct / len(rows), 2),
+            "low": round(low, 2), "high": round(high, 2),
+            **{r: percent(v[r].correct for _, _, v in judged) for r in ("paper", "flexible")},
+            **{k: percent(getattr(v[rules], k) for _, _, v in judged) for k in ("contains_answer", "correct_format")},
             "complete": percent(row.get("finish_reason") == "stop" for row in rows),
-            "no_answer": sum(v.prediction in (None, "") for v in asked)}
-
-
-def print_scores(scores):
-    """One aligned line per file."""
-    print("accuracy  95% interval      paper flexible contains  format complete no answer      n  file")
-    for s in scores:
-        interval = f"[{s['low']:.2f}, {s['high']:.2f}]"
-        measures = " ".join(f"{s[k]:8.2f}" for k in ("paper", "flexible", "contains_answer", "correct_format", "complete"))
-        print(f"{s['accuracy']:8.2f}  {interval:<14} {measures[1:]} {s['no_answer']:9d} {s['n']:6d}  {s['file']} ({s['part']})")
-
-
-# ---------------- The table: methods x tasks, from what lies in saved/
-
-def paper_value(results, score):
-    """-> the published accuracy of the same model, method and task, or None."""
-    if score["split"] != "default" or not re.fullmatch(r"(?:(?:ft|ft_cot)(?:_\d+aug)?)?", score["train_key"] or ""):
-        return None  # another split, template, seed: not the paper's cell
-    model, method = re.sub(r"^google[_/]", "", score["model"] or ""), score["method"]
-    is_teacher = model.startswith("text-davinci")
-    if not is_teacher:
-        model = model.replace("-", "_")
-    if method == "zs_cot":
-        method = "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot"
-    elif method == "ft_cot":
-        method = "fine_tune_cot_diverse" if "aug" in (score["train_key"] or "") else "fine_tune_cot"
-    wanted = (model, {"zs": "zero_shot", "fs_cot": "few_shot_cot", "ft": "fine_tune"}.get(method, method), score["task"], "printed", "")
-    values = [r["accuracy"] for r in results if (r["model"], r["method"], r["dataset"], r["kind"], r["train_size"]) == wanted]
-    return float(values[0]) if values else None
-
-
-def read_paper_results():
-    with open(Path(__file__).parent / "data" / "paper_results.csv", newline="") as f:
-        return list(csv.DictReader(f))
-
-
-def collect(saved, data_dir, rules="paper", allow_partial=False):
-    """-> {(model, label): {task: score}} over every completion file below saved/, and the files that could not be scored.
-
-    Teachers are scored on all samples and all repeats, as in the paper, students on the test part.  Of several epochs the
-    last stands in one row, and the best on the test set in another: that is the paper's protocol."""
-    table, skipped = {}, []
-    for path in sorted(Path(saved, "completion_data").glob("B_*/*.json")):
-        try:
-            metadata, _ = read_completions(path)
-            is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
-            part, split = "test" if is_student else "all", metadata.get("split") or "default"
-            s = score(path, part, split, data_dir, rules, allow_partial)
-        except UserError as e:
-            skipped.append(str(e))
-            continue
-        label = s["train_key"] or s["method"] or "?"
-        rows = {label: "epoch"} | ({label + ", best test epoch": "accuracy"} if s["epoch"] is not None else {})
-        for row, measure in rows.items():
-            old = table.setdefault((s["model"] or "?", row), {}).get(s["task"])
-            if old is None or (s[measure] or 0) > (old[measure] or 0):
-                table[s["model"] or "?", row][s["task"]] = s
-    return table, skipped
-
-
-def print_table(table, skipped, results):
-    """Rows: model and method; columns: tasks; cells: accuracy [95% interval] (the paper's value)."""
-    columns = [key for key in tasks.TASKS if any(key in row for row in table.values())]
-    def cell(s):
-        paper = paper_value(results, s)
-        return f"{s['accuracy']:.2f} [{s['low']:.1f}, {s['high']:.1f}]" + (f" (paper {paper:.2f})" if paper is not None else "")
-    lines = [["model", "method", *(tasks.TASKS[key].name for key in columns)],
-             ["", "random", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)]]
-    lines += [[*names, *(cell(row[key]) if key in row else "-" for key in columns)] for names, row in sorted(table.items())]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    for message in skipped:
-        print(f"not in the table: {message}", file=sys.stderr)
+            "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}
 
 
 # ---------------- What the user sees at the end
 
-def show_completion(title, result, right):
-    """Print one right or wrong completion in full; -> whether there was one."""
-    metadata, rows = read_completions(result["file"])
-    for row in rows:
-        verdict = tasks.judge(result["task"], metadata.get("prediction_template"), row["completion"], row["answer"])
-        if verdict.correct == right:
-            completion = (row.get("reasoning_completion", "") + row["completion"]).strip()
-            print(f"\n{title}\n  prompt:     {row.get('reasoning_prompt', row['prompt'])}\n  completion: {completion}\n"
-                  f"  read: {verdict.prediction}   gold: {row['answer']}")
-            return True
-    return False
+def print_completion(title, row, verdicts):
+    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
+    if "reasoning_completion" in row:
+        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
+    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
+    for rules, v in verdicts.items():
+        print(f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}")
 
 
 def report(results, student, seed, saved):
@@ -399,8 +403,14 @@ def report(results, student, seed, saved):
         label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
         interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
         print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
-    show_completion(f"A right completion of {results[-1]['method']}:", results[-1], True)
-    any(show_completion(f"A wrong completion of {r['method']}:", r, False) for r in reversed(results))
+    judged = []
+    for r in reversed(results):
+        metadata, rows = read_completions(r["file"])
+        rows = [row for row in rows if row["sample_index"] not in (metadata.get("validation") or [])]
+        judged += [(r["method"], *one) for one in judge_rows(metadata, rows, "paper")]
+    for outcome in ("right", "wrong"):
+        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
+            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
     print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
           f"Compare runs: python evaluate.py table --saved {saved}")
 
@@ -429,71 +439,60 @@ def find_device(name):
 
 
 def run_generate(args):
-    if args.batch_size < 1 or not 0 <= args.temperature < 100 or args.max_new_tokens < 1 or "" in (args.stop or []):
-        raise UserError("--batch_size and --max_new_tokens must be 1 or more, --temperature from 0 to 100, --stop not empty")
+    if min(args.batch_size, args.max_new_tokens, args.samples) < 1 or not 0 <= args.temperature < 100 or not 0 < args.top_p <= 1 \
+            or "" in (args.stop or []) or args.samples > 1 and not args.temperature:
+        raise UserError("--batch_size, --samples and --max_new_tokens must be 1 or more, --temperature from 0 to 100, and above 0 with "
+                        "--samples, --top_p above 0 and at most 1, --stop not empty")
     rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
-    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
+    device, dtype = find_device(args.device), {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
+    if "RANK" in os.environ:  # under torchrun
+        import torch
+        if device.type == "cuda":
+            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, family = load_model(args.model, dtype)
-    model.to(find_device(args.device))
-    done = generate(model, tokenizer, family, prompts, limits, args.temperature, 1, args.stop, args.batch_size, args.seed)
-    files.write_whole(args.out, "".join(json.dumps({**row, **one}) + "\n" for row, [one] in zip(rows, done)))
-    print(f"wrote {len(rows)} completions to {args.out}")
-
-
-def run_score(args):
-    scores = [score(path, args.part, args.split, args.data, args.rules, args.allow_partial) for path in args.files]
-    if args.json:
-        for s in scores:
-            print(json.dumps(s))
-    else:
-        print_scores(scores)
-
-
-def run_table(args):
-    table, skipped = collect(args.saved, args.data, args.rules, args.allow_partial)
-    if not table:
-        raise UserError(f"there is nothing to show under {args.saved}/completion_data{': ' + skipped[0] if skipped else ''}")
-    print_table(table, skipped, read_paper_results())
+    generated = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop, args.batch_size,
+                    args.seed, top_p=args.top_p, journal=args.out)
+    if gather(None)[1] == 0:
+        number = [{"completion_index": k} if args.samples > 1 else {} for k in range(args.samples)]
+        lines = [json.dumps({**row, **k, **one}) + "\n" for row, many in zip(rows, generated) for k, one in zip(number, many)]
+        tasks.write_whole(args.out, "".join(lines))
+        remove_journals(args.out)
+        print(f"wrote {len(lines)} completions to {args.out}")
+    if "RANK" in os.environ:
+        torch.distributed.destroy_process_group()
 
 
 def parse_args(argv=None):
+    from data import look
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="decode prompts with a local model")
+    g.set_defaults(run=run_generate)
     g.add_argument("--model", required=True, help="Hugging Face folder or name")
     g.add_argument("--prompts", required=True, help='JSON lines: {"prompt": text, "max_new_tokens"?: number}')
     g.add_argument("--out", required=True, help="JSON lines: the same rows with completion and finish_reason, in the same order")
     g.add_argument("--max_new_tokens", type=int, default=1024, help="new tokens a prompt, where the row names none (default 1024)")
     g.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default, as in the paper)")
+    g.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share (default 1: all)")
+    g.add_argument("--samples", type=int, default=1, help="completions a prompt, each a row with its completion_index (default 1)")
     g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
-    g.add_argument("--batch_size", type=int, default=32, help="rows decoded at once (default 32); more is faster and takes more memory")
+    g.add_argument("--batch_size", type=int, default=64, help="rows decoded at once (default 64); more is faster and takes more memory")
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    s = commands.add_parser("score", help="score completion files")
-    s.add_argument("files", nargs="+", help="completion files")
-    s.add_argument("--part", choices=["train", "test", "all"], default="test",
-                   help="samples to score (default test; the paper's Teacher rows: all)")
-    s.add_argument("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
-    s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
-    t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
-    t.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
-    for p in (s, t):
-        p.add_argument("--rules", choices=["paper", "flexible"], default="paper",
-                       help="answer cleansing behind `accuracy` (default paper)")
-        p.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
-        p.add_argument("--allow_partial", action="store_true", help="score files that lack samples of the part")
+    look.add_commands(commands)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        {"generate": run_generate, "score": run_score, "table": run_table}[args.command](args)
+        args.run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -37,14 +37,16 @@ def teacher_key(args):
     return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "")
 
 
-def run_suffix(args):
-    """What distinguishes two curated sets or students of one task besides the method: degree and split."""
-    return (f"_{args.degree}aug" if args.degree > 1 else "") + (f"_{args.split}" if args.split != "default" else "")
+def run_suffix(args, method="ft_cot"):
+    """What distinguishes two curated sets or students of one task besides the method: degree, split and validation share."""
+    parts = ((f"{args.degree}aug", args.degree > 1 and method != "ft"), (args.split, args.split != "default"),
+             (f"v{args.validation:g}", args.validation))
+    return "".join(f"_{part}" for part, is_there in parts if is_there)
 
 
 def finetune_key(args, method):
     if method == "ft":
-        return f"ft_{args.task}" + (f"_{args.split}" if args.split != "default" else "")
+        return f"ft_{args.task}{run_suffix(args, method)}"
     return f"{teacher_key(args)}_{args.task}{run_suffix(args)}"
 
 
@@ -52,8 +54,7 @@ def train_key(args, method):
     if args.train_key:
         return files.safe_key(args.train_key)
     style = "" if args.label_style == "token" else f"_{args.label_style}"
-    degree = run_suffix(args) if method == "ft_cot" else run_suffix(argparse.Namespace(degree=1, split=args.split))
-    return files.safe_key(method + style + degree + (f"_s{args.seed}" if args.seed else ""))
+    return tasks.safe_key(method + style + run_suffix(args, method) + (f"_s{args.seed}" if args.seed else ""))
 
 
 def base_model(name):
@@ -87,12 +88,13 @@ def teacher_complete(args):
     return local_complete(args, *evaluate.load_model(args.teacher.removeprefix("hf:")))
 
 
-def local_complete(args, model, tokenizer, family):
-    """-> complete(...) of a local model."""
+def local_complete(args, model, tokenizer, family, path=None, method=None):
+    """-> complete(...) of a local model, for completions that will be written to path (default: the teacher's)."""
     model.to(args.ranks.device)
+    too_long = "cut" if (method or args.teacher_method) == "fs_cot" else "skip"  # few-shot prompts lose examples, not the question
     def complete(prompts, n, temperature, max_new_tokens, stop):
         return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop,
-                                 args.eval_batch_size, args.seed, refuse_long=False)
+                                 args.eval_batch_size, args.seed, too_long, journal=path or teacher_file(args))
     return complete
 
 
@@ -112,8 +114,9 @@ def is_made(stage, args, path, settings):
 def write_completions(path, metadata, data):
     """Completions cost GPU hours or money: those made with other settings are kept aside."""
     if path.exists():
-        files.keep_aside(path)
-    files.write_json(path, {"metadata": metadata, "data": data})
+        tasks.keep_aside(path)
+    tasks.write_json(path, {"metadata": metadata, "data": data})
+    evaluate.remove_journals(path)
 
 
 def sample(args):
@@ -190,7 +193,7 @@ def correct_rationales(args, path, train):
 def curation(args, method):
     """-> (path of the fine-tuning file, the settings it is to be made with, training indices)."""
     family, template, completions = family_of(args), label_template(args, method), teacher_file(args)
-    train, _ = tasks.load_split(args.task, args.split, args.data)
+    train, _ = tasks.set_aside(tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.seed)
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
@@ -289,21 +292,25 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     template = label_template(args, method) if method in FINE_TUNED else method
     path = test_file(args, method, epoch)
     samples = tasks.load(args.task, args.data)
-    _, indices = tasks.load_split(args.task, args.split, args.data)
-    samples = [samples[i] for i in indices]
+    train, indices = tasks.load_split(args.task, args.split, args.data)
+    validation = tasks.set_aside(train, args.validation if method in FINE_TUNED else 0, args.seed)[1]
+    samples = [samples[i] for i in indices + validation]
     settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
                 "samples": files.fingerprint(samples)}
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
         examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
-        complete, start = local_complete(args, model, tokenizer, family), time.perf_counter()
+        complete, start = local_complete(args, model, tokenizer, family, path, method), time.perf_counter()
         data = evaluate.make_completions(complete, samples, method, family, template, 1, 0.0, args.max_new_tokens, examples)
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
                     "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
                     "train_key": train_key(args, method) if method in FINE_TUNED else None, "epoch": epoch,
-                    "prediction_template": template, "split": args.split, "part": "test", "settings": settings}
+                    "prediction_template": template, "split": args.split, "part": "test", "validation": validation, "settings": settings}
         if args.ranks.is_master:
             write_completions(path, metadata, data)
-        print_once(args, f"evaluate: {len(samples)} questions in {time.perf_counter() - start:.0f} s")
+        seconds, log = time.perf_counter() - start, student_path(args, method) / "log.jsonl"
+        trained = [row["seconds"] for row in (tasks.read_jsonl(log) if log.exists() else []) if "epoch_loss" in row]
+        print_once(args, f"evaluate: {len(samples)} questions in {seconds:.1f} s"
+                         + (f", {100 * seconds / max(trained[-1], 0.001):.0f}% of what training the epoch took" if trained else ""))
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
     print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
                      f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")
@@ -401,8 +408,8 @@ def parse_args(argv=None):
     training.add_argument("--family", choices=["decoder", "encoder_decoder"], help="of a student by hub name (default: by its name)")
     training.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     evaluating = parser.add_argument_group("evaluation")
-    evaluating.add_argument("--eval_every", type=int, default=0,
-                            help="epochs between evaluations while training (default 0: at the end only; paper 1)")
+    evaluating.add_argument("--eval_every", type=int, default=0, help="epochs between evaluations (default 0: at the end only; paper 1)")
+    evaluating.add_argument("--validation", type=float, default=0.0, help="share of train set aside to choose the epoch by (default 0)")
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
     evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once (default 64)")
     args = parser.parse_args(argv)
@@ -424,7 +431,7 @@ def check(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
     for name in ("temperature", "weight_decay", "checkpoint_every", "checkpoint_steps", "eval_every", "seed", "micro_tokens", "warmup",
-                 "max_grad_norm", "log_every"):
+                 "max_grad_norm", "log_every", "validation"):
         if not 0 <= getattr(args, name) < 10**9:  # so that nan is refused too
             raise UserError(f"--{name} {getattr(args, name)} must be 0 or more, and below a billion")
     if not 0 < args.lr < 10:

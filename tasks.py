@@ -9,6 +9,8 @@ importing this module needs neither torch nor numpy.
 """
 import difflib
 import operator
+import os
+import random
 import re
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -331,3 +333,11 @@ def load_split(task, split="default", data_dir="data"):
         import numpy as np
         train = sorted(np.random.RandomState(0).permutation(train)[:int(few_shot[1])].tolist())
     return train, test
+
+
+def set_aside(train, share, seed):
+    """-> (training indices without it, a share of them for validation)."""
+    if not 0 <= share < 1:
+        raise UserError(f"--validation {share} is a share of the training samples: 0 or more, and below 1")
+    aside = random.Random(seed).sample(train, round(share * len(train)))
+    return sorted({*train} - {*aside}), sorted(aside)

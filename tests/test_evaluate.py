@@ -1,15 +1,20 @@
 """Decoding against Hugging Face's generate, scores against published numbers.   python -m pytest tests/test_evaluate.py"""
+import contextlib
 import json
 import math
+import random
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import evaluate
 import tasks
-from data import files, toy
-from conftest import KINDS, run, tiny_model, tiny_tokenizer
-from data.files import UserError
+from data import look, toy
+from conftest import KINDS, ROOT, run, tiny_model, tiny_tokenizer
+from tasks import UserError
 
 PUBLISHED = {"multiarith": 78.79, "coin_flip": 90.04, "date_understanding": 67.58, "strategy_qa": 53.45, "svamp": 64.20}
 PROMPTS = ["a", "count to ten ###", "Q: What is 3 + 4?\n\nA:", "x" * 60, "How many?", "b c d e f g", "0 1 2 3 4 5 6 7 8 9 10 11 12 13"]
@@ -84,8 +89,8 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(prompt):
 
 def test_a_prompt_that_is_too_long_may_go_unanswered_and_the_others_do_not_suffer(capsys):
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
-    rows = evaluate.generate(model, tokenizer, "decoder", ["a", "x" * 256, "b"], 5, refuse_long=False)
-    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "1 of 3 prompts leave no room" in capsys.readouterr().out
+    rows = evaluate.generate(model, tokenizer, "decoder", ["a", "x" * 256, "b"], 5, too_long="skip")
+    assert rows[1] == [{"completion": "", "finish_reason": "length"}] and "1 of 3 prompts get fewer new tokens than asked, 1 none" in capsys.readouterr().out
     assert [rows[0], rows[2]] == evaluate.generate(model, tokenizer, "decoder", ["a", "b"], 5)
 
 
@@ -99,11 +104,11 @@ def test_generate_refuses_flags_that_make_no_sense(flags, sentence, tmp_path, mo
 
 
 def test_the_paper_s_value_stands_only_beside_the_paper_s_own_cells():
-    results, cell = evaluate.read_paper_results(), {"model": "gpt2", "method": "ft_cot", "task": "multiarith", "split": "default", "train_key": "ft_cot"}
-    assert evaluate.paper_value(results, cell) is not None
-    assert evaluate.paper_value(results, {**cell, "train_key": "ft_cot_8aug"}) != evaluate.paper_value(results, cell)
+    results, cell = look.read_paper_results(), {"model": "gpt2", "method": "ft_cot", "task": "multiarith", "split": "default", "train_key": "ft_cot"}
+    assert look.paper_value(results, cell) is not None
+    assert look.paper_value(results, {**cell, "train_key": "ft_cot_8aug"}) != look.paper_value(results, cell)
     for change in ({"train_key": "ft_cot_few_shot_8", "split": "few_shot_8"}, {"split": "template"}, {"train_key": "mine"}, {"model": "gpt3"}):
-        assert evaluate.paper_value(results, {**cell, **change}) is None
+        assert look.paper_value(results, {**cell, **change}) is None
 
 
 def test_samples_of_a_row_depend_on_its_seed_alone():
@@ -115,14 +120,106 @@ def test_samples_of_a_row_depend_on_its_seed_alone():
     assert len({row["completion"] for row in rows[2]}) > 1
 
 
-def test_sampled_tokens_follow_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, float("-inf")]]).expand(20_000, 5)
-    generator = torch.Generator().manual_seed(0)
-    tokens = evaluate.pick_tokens(logits, 0.7, [generator] * len(logits))
-    expected = torch.softmax(logits[0].double() / 0.7, -1) * len(tokens)
-    seen = torch.bincount(tokens, minlength=5)
-    assert seen[4] == 0
-    assert ((seen - expected)[:4] ** 2 / expected[:4]).sum() < 16.27  # chi-square, 3 degrees of freedom, p = 0.001
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_sampled_tokens_follow_the_softmax_of_the_model(top_p):
+    model, draws, generator = tiny_model("gpt2"), 100_000, torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[40, 41, 42]])).logits[0, -1]
+    tokens = torch.cat([evaluate.pick_tokens(logits.expand(2000, -1), 0.7, [generator] * 2000, top_p) for _ in range(draws // 2000)])
+    chances = torch.softmax(logits.double() / 0.7, -1)
+    order = chances.argsort(descending=True).tolist()
+    reached = next(i for i in range(1, len(order) + 1) if chances[order[:i]].sum() >= top_p - 1e-9)  # the fewest tokens that reach top_p
+    expected = chances[order[:reached]] / chances[order[:reached]].sum() * draws
+    seen = torch.bincount(tokens, minlength=len(order))[order].double()
+    assert seen[:reached].sum() == draws
+    common = expected >= 10  # the rest counts as one outcome, if it is likely enough to be counted at all
+    seen, expected = [torch.cat([x[:reached][common], x[:reached][~common].sum()[None]]) for x in (seen, expected)]
+    degrees = len(expected) - 1 - int(expected[-1] < 10)
+    assert ((seen - expected)[:degrees + 1] ** 2 / expected[:degrees + 1]).sum() < degrees + 3.1 * math.sqrt(2 * degrees) + 5  # p about 0.001
+
+
+def test_a_prompt_is_read_once_however_many_samples_are_drawn(monkeypatch):
+    read, prefill = [], evaluate.prefill
+    monkeypatch.setattr(evaluate, "prefill", lambda model, family, prompts, pad_id: read.extend(prompts) or prefill(model, family, prompts, pad_id))
+    evaluate.generate(tiny_model("gpt2"), tiny_tokenizer(), "decoder", PROMPTS, 3, temperature=1.0, n=8, batch_size=100)
+    assert len(read) == len(PROMPTS)
+
+
+def test_logits_that_are_no_numbers_stop_the_run_and_name_the_prompt():
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("!")["input_ids"][0]] = float("nan")
+    with pytest.raises(UserError, match="prompt 2: the model's logits are not numbers"):
+        evaluate.generate(model, tokenizer, "decoder", ["fine", "good", "bad!", "well"], 5)
+
+
+def test_a_few_shot_prompt_is_cut_on_the_left_and_keeps_its_question():
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    cut = evaluate.generate(model, tokenizer, "decoder", ["y" * 300 + "Q: how many?"], 6, too_long="cut")
+    assert cut == evaluate.generate(model, tokenizer, "decoder", ["y" * 238 + "Q: how many?"], 6)
+
+
+def test_a_run_that_dies_goes_on_and_decodes_nothing_twice(tmp_path, monkeypatch):
+    model, tokenizer, limits = tiny_model("gpt2"), tiny_tokenizer(), [5, 20, 9, 14, 3, 8, 12]
+    def decode():
+        return evaluate.generate(model, tokenizer, "decoder", PROMPTS, limits, 0.7, 2, batch_size=4, journal=tmp_path / "out")
+    expected, decoded, decode_batch = decode(), [], evaluate.decode_batch
+    evaluate.remove_journals(tmp_path / "out")
+    def dying(model, tokenizer, family, rows, *settings):
+        for i, ended in enumerate(decode_batch(model, tokenizer, family, rows, *settings)):
+            if i == 3:
+                raise MemoryError
+            decoded.extend(row["key"] for row, _, _ in ended)
+            yield ended
+    monkeypatch.setattr(evaluate, "decode_batch", dying)
+    for _ in range(14):
+        with contextlib.suppress(MemoryError):
+            assert decode() == expected
+            break
+    else:
+        pytest.fail("it never ended")
+    assert len(decoded) == len(set(decoded)) == 14
+    with torch.no_grad():
+        model.lm_head.weight += 0.1  # another model: what is there is not its own
+    with contextlib.suppress(MemoryError):
+        decode()
+    assert len(decoded) > 14
+    evaluate.remove_journals(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_leaves_the_file_of_an_uninterrupted_run(tmp_path, model_folder):
+    prompts = [{"prompt": f"{'count on ' * (i % 7)}{i}", "max_new_tokens": 60 + i % 90} for i in range(400)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    def command(out):
+        return [sys.executable, ROOT / "evaluate.py", "generate", "--model", model_folder("gpt2"), "--prompts", tmp_path / "p.jsonl", "--out", out,
+                "--batch_size", "16", "--temperature", "0.7"]
+    assert subprocess.run(command(tmp_path / "whole")).returncode == 0
+    journal, kept, chance = tmp_path / "out.journal-0", [], random.Random(0)
+    for _ in range(10):
+        process, before = subprocess.Popen(command(tmp_path / "out")), len(kept)
+        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < before + chance.randrange(1, 30)):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        lines = journal.read_bytes().split(b"\n")[:-1]
+        assert lines[:before] == kept and len(set(lines)) == len(lines) < 400  # what was there is not decoded again
+        kept = lines
+    assert subprocess.run(command(tmp_path / "out")).returncode == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes() and not journal.exists()
+
+
+def test_two_ranks_give_the_file_of_one(tmp_path, model_folder):
+    rows = [{"prompt": p, "max_new_tokens": 3 + 2 * i} for i, p in enumerate(PROMPTS)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", str(model_folder("gpt2")), "--prompts", str(tmp_path / "p.jsonl"), "--temperature", "0.7", "--top_p", "0.9", "--samples", "3"]
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py", "generate", *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    evaluate.main(["generate", *flags, "--out", str(tmp_path / "one"), "--batch_size", "4"])
+    assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
+    assert [row["completion_index"] for row in tasks.read_jsonl(tmp_path / "one")] == [0, 1, 2] * len(PROMPTS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "p.jsonl", "two"]
 
 
 def test_generate_writes_the_rows_it_read_in_order_with_completion_and_reason(tmp_path, model_folder):
@@ -241,8 +338,34 @@ def test_the_table_tells_the_last_epoch_from_the_best_on_test(tmp_path):
     for epoch, share in [(1, 2), (2, 4), (3, 3)]:
         completion_file(tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json", correct=lambda i: i % share, completion_key="ft",
                         train_key="ft", epoch=epoch)
-    table, skipped = evaluate.collect(tmp_path, tmp_path)
-    assert not skipped and table["m", "ft"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch"]["toy"]["epoch"] == 2
+    table, skipped = look.collect(tmp_path, tmp_path)
+    assert not skipped and table["m", "ft"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch (the paper's protocol)"]["toy"]["epoch"] == 2
+
+
+def test_show_and_diff_print_what_there_is_to_look_at(tmp_path, capsys):
+    a, b = [completion_file(tmp_path / f"{k}.json", n=12, correct=lambda i: i % k) for k in (2, 3)]
+    evaluate.main(["show", str(a), "--limit", "2"])
+    text = capsys.readouterr().out
+    assert "6 of 12 are right; the first 2:" in text and "6 of 12 are unreadable" in text and "0 of 12 are wrong" in text
+    sample = toy.toy_samples(2)[1]
+    assert f"right (sample 1, completion 0)\n  question:   {sample['question']}" in text and "paper:      None is wrong, of []" in text
+    evaluate.main(["diff", str(a), str(b)])
+    text = capsys.readouterr().out
+    assert f"right in {b} (sample 2," in text and f"wrong in {b} (sample 3," in text and "sample 1," not in text and "sample 6," not in text
+    assert "12 completions in both files: 4 right in both, 2 in the first alone, 4 in the second alone, 2 in neither" in text
+
+
+def test_the_table_has_a_row_for_the_epoch_chosen_on_the_validation_share(tmp_path):
+    train, test = tasks.load_split("toy")
+    rest, aside = tasks.set_aside(train, 0.1, 0)
+    assert sorted(rest + aside) == train and len(aside) == 140 and aside != tasks.set_aside(train, 0.1, 1)[1] and aside == tasks.set_aside(train, 0.1, 0)[1]
+    for epoch, on_test, on_validation in [(1, 2, 10), (2, 5, 4), (3, 3, 3)]:
+        completion_file(tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json", train_key="ft", epoch=epoch, validation=aside,
+                        correct=lambda i: i % (on_validation if i in aside else on_test))
+    table, skipped = look.collect(tmp_path, tmp_path)
+    chosen = {label.partition(",")[2]: row["toy"]["epoch"] for (_, label), row in table.items()}
+    assert not skipped and chosen == {"": 3, " best test epoch (the paper's protocol)": 2, " epoch chosen on validation": 1}
+    assert {row["toy"]["n"] for row in table.values()} == {len(test)}
 
 
 def test_zero_shot_cot_asks_twice_and_keeps_both_answers():

@@ -1,0 +1,72 @@
+"""A completion dataset is one file: a model and a prompting method, on the samples of a task (saved/README.md).
+
+Any model behind `complete(prompts, n, temperature, max_new_tokens, stop)` makes one; evaluation and curation read it.
+"""
+from pathlib import Path
+
+import tasks
+from tasks import UserError
+
+
+def few_shot_examples(task, data_dir="data"):
+    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
+    path = Path(data_dir) / "few_shot_cot_prompts.json"
+    prompt = tasks.read_json(path).get(task) if path.exists() else None
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+        raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
+                        "(there is none for tracking_shuffled_objects)")
+    return prompt["prompt"]
+
+
+def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
+    """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
+    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3.1): the rationale, then the answer after it."""
+    prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
+    stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
+    first = complete(prompts, degree, temperature, max_new_tokens, stop)
+    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"],
+                                      "answer": s["answer"], "prompt": prompt, **one} for k, one in enumerate(many)]
+            for s, prompt, many in zip(samples, prompts, first)}
+    if method == "zs_cot":
+        rows = [row for many in data.values() for row in many]
+        for row in rows:
+            row |= {"reasoning_" + k: row[k] for k in ("prompt", "completion", "finish_reason")}
+            row["prompt"] += row["completion"] + tasks.COT_ANSWER
+        for row, [answer] in zip(rows, complete([row["prompt"] for row in rows], 1, 0.0, max_new_tokens, None)):
+            row |= answer
+    return data
+
+
+METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None} | {k: str | None for k in (
+    "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
+ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
+             "reasoning_completion": str | None}
+
+
+def read_completions(path, task=None):
+    """-> (metadata, rows in order of sample and completion) of a completion file.
+
+    Raises UserError where it is not one, is another task's, or holds a completion twice."""
+    content = tasks.read_json(path)
+    metadata, data = content.get("metadata"), content.get("data")
+    if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
+        raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
+    for k, kind in METADATA_TYPES.items():
+        if not isinstance(metadata.get(k), kind):
+            raise UserError(f"{path}: {k} in its metadata is {metadata.get(k)!r}, which it cannot be: mend it")
+    key = tasks.find_task(metadata["dataset_key"]).key
+    if task and key != task:
+        raise UserError(f"{path} holds completions of the task {key}, not {task}")
+    rows = []
+    for index, many in data.items():
+        for row in many if isinstance(many, list) else [None]:
+            if not isinstance(row, dict) or str(row.get("sample_index")) != index \
+                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()):
+                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
+                                "completion, or one is not what it should be")
+            rows.append(row)
+    rows.sort(key=lambda r: (r["sample_index"], r["completion_index"]))
+    for a, b in zip(rows, rows[1:]):
+        if (a["sample_index"], a["completion_index"]) == (b["sample_index"], b["completion_index"]):
+            raise UserError(f"{path}: completion {a['completion_index']} of sample {a['sample_index']} is there twice")
+    return metadata, rows
