@@ -19,7 +19,8 @@ from pathlib import Path
 
 import tasks
 from data.completions import few_shot_examples, make_completions, read_completions  # noqa: F401 (names of this module too)
-from tasks import UserError
+from data import files
+from data.files import UserError
 
 
 # ---------------- Local models
@@ -266,7 +267,7 @@ def remove_journals(path):
 
 def open_journals(path, rank, ranks):
     """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
-    journals = [tasks.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
+    journals = [files.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
     held = [rows for share in gather([journal.rows for journal in journals])[0] for rows in share]
     return journals, {key: row for rows in held for key, row in rows.items()}
 
@@ -290,16 +291,16 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     if journal:  # a row may be taken from there if the weights and all else are the same
         settings += [p.sum(dtype=torch.float64).item() for p in model.parameters()]
         journals, done = open_journals(journal, rank, len(shares))
-    settings = tasks.fingerprint(settings)
-    keys = {(i, k): tasks.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
+    settings = files.fingerprint(settings)
+    keys = {(i, k): files.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
     todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
     rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
-             "random": torch.Generator().manual_seed(int(tasks.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
+             "random": torch.Generator().manual_seed(int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh = model.training, {}
     model.eval()
     with torch.inference_mode():
-        for b in tasks.progress(range(0, len(rows), batch_size), "decoding", show=rank == 0):
+        for b in files.progress(range(0, len(rows), batch_size), "decoding", show=rank == 0):
             for ended in decode_batch(model, tokenizer, family, rows[b:b + batch_size], temperature, top_p, stop):
                 ended = [{"key": row["key"], "completion": text, "finish_reason": reason} for row, text, reason in ended]
                 fresh |= {row["key"]: row for row in ended}
@@ -456,7 +457,7 @@ def run_generate(args):
     if gather(None)[1] == 0:
         number = [{"completion_index": k} if args.samples > 1 else {} for k in range(args.samples)]
         lines = [json.dumps({**row, **k, **one}) + "\n" for row, many in zip(rows, generated) for k, one in zip(number, many)]
-        tasks.write_whole(args.out, "".join(lines))
+        files.write_whole(args.out, "".join(lines))
         remove_journals(args.out)
         print(f"wrote {len(lines)} completions to {args.out}")
     if "RANK" in os.environ:

@@ -54,7 +54,7 @@ def train_key(args, method):
     if args.train_key:
         return files.safe_key(args.train_key)
     style = "" if args.label_style == "token" else f"_{args.label_style}"
-    return tasks.safe_key(method + style + run_suffix(args, method) + (f"_s{args.seed}" if args.seed else ""))
+    return files.safe_key(method + style + run_suffix(args, method) + (f"_s{args.seed}" if args.seed else ""))
 
 
 def base_model(name):
@@ -114,8 +114,8 @@ def is_made(stage, args, path, settings):
 def write_completions(path, metadata, data):
     """Completions cost GPU hours or money: those made with other settings are kept aside."""
     if path.exists():
-        tasks.keep_aside(path)
-    tasks.write_json(path, {"metadata": metadata, "data": data})
+        files.keep_aside(path)
+    files.write_json(path, {"metadata": metadata, "data": data})
     evaluate.remove_journals(path)
 
 
@@ -308,7 +308,7 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
         if args.ranks.is_master:
             write_completions(path, metadata, data)
         seconds, log = time.perf_counter() - start, student_path(args, method) / "log.jsonl"
-        trained = [row["seconds"] for row in (tasks.read_jsonl(log) if log.exists() else []) if "epoch_loss" in row]
+        trained = [row["seconds"] for row in (files.read_jsonl(log) if log.exists() else []) if "epoch_loss" in row]
         print_once(args, f"evaluate: {len(samples)} questions in {seconds:.1f} s"
                          + (f", {100 * seconds / max(trained[-1], 0.001):.0f}% of what training the epoch took" if trained else ""))
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))

@@ -9,7 +9,6 @@ importing this module needs neither torch nor numpy.
 """
 import difflib
 import operator
-import os
 import random
 import re
 from pathlib import Path

@@ -488,13 +488,13 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         if setup.packing:
             model.set_attn_implementation("sdpa")
         seconds = time.perf_counter() - start
-        say(ranks, status(rows[-len(batches):], steps, seconds, ranks.device))
         epoch_rows = [row for row in rows if row["epoch"] == epoch]
         log(out, ranks, step=step, epoch=epoch, epoch_loss=mean_loss(epoch_rows), seconds=round(seconds, 3))
         if epoch == args.epochs:
             save_student(setup, tokenizer, out, settings, args, ranks)
         elif args.checkpoint_every and epoch % args.checkpoint_every == 0:
             save_checkpoint(out, setup, step, args, ranks)
+        say(ranks, status(rows[-len(batches):], steps, seconds, ranks.device))
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
         yield epoch

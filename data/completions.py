@@ -5,13 +5,14 @@ Any model behind `complete(prompts, n, temperature, max_new_tokens, stop)` makes
 from pathlib import Path
 
 import tasks
-from tasks import UserError
+from data import files
+from data.files import UserError
 
 
 def few_shot_examples(task, data_dir="data"):
     """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
     path = Path(data_dir) / "few_shot_cot_prompts.json"
-    prompt = tasks.read_json(path).get(task) if path.exists() else None
+    prompt = files.read_json(path).get(task) if path.exists() else None
     if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
         raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
                         "(there is none for tracking_shuffled_objects)")
@@ -47,7 +48,7 @@ def read_completions(path, task=None):
     """-> (metadata, rows in order of sample and completion) of a completion file.
 
     Raises UserError where it is not one, is another task's, or holds a completion twice."""
-    content = tasks.read_json(path)
+    content = files.read_json(path)
     metadata, data = content.get("metadata"), content.get("data")
     if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
         raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from tasks import UserError
+from data import files
+from data.files import UserError
 
 
 def print_scores(scores):

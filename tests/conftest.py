@@ -29,20 +29,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the slow tests too")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; skipped unless --slow is given")
-
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
-
-
 @pytest.fixture(scope="session")
 def shared():
     folder = os.environ.get("FINETUNE_COT_SHARED")

@@ -12,9 +12,9 @@ import torch
 
 import evaluate
 import tasks
-from data import look, toy
+from data import files, look, toy
 from conftest import KINDS, ROOT, run, tiny_model, tiny_tokenizer
-from tasks import UserError
+from data.files import UserError
 
 PUBLISHED = {"multiarith": 78.79, "coin_flip": 90.04, "date_understanding": 67.58, "strategy_qa": 53.45, "svamp": 64.20}
 PROMPTS = ["a", "count to ten ###", "Q: What is 3 + 4?\n\nA:", "x" * 60, "How many?", "b c d e f g", "0 1 2 3 4 5 6 7 8 9 10 11 12 13"]
@@ -218,7 +218,7 @@ def test_two_ranks_give_the_file_of_one(tmp_path, model_folder):
     assert done.returncode == 0, done.stderr
     evaluate.main(["generate", *flags, "--out", str(tmp_path / "one"), "--batch_size", "4"])
     assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
-    assert [row["completion_index"] for row in tasks.read_jsonl(tmp_path / "one")] == [0, 1, 2] * len(PROMPTS)
+    assert [row["completion_index"] for row in files.read_jsonl(tmp_path / "one")] == [0, 1, 2] * len(PROMPTS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "p.jsonl", "two"]
 
 
