@@ -20,10 +20,12 @@ from pathlib import Path
 
 import evaluate
 import tasks
+from data import teacher
 from tasks import UserError
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
+API_FAMILIES = {"gpt3": "openai", "chat": "chat"}  # label styles of students behind an API
 DEFAULTS = {  # flags whose default depends on the task
     "paper": {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0,
               "epochs": 20, "batch_size": 8, "lr": 3e-4},
@@ -67,8 +69,9 @@ def completion_path(saved, model, key, task, *parts):
 
 
 def finetune_path(args, method, family):
-    suffix = "jsonl" if family == "openai" else "json"
-    return Path(args.saved) / "finetune_data" / f"P_{family}" / f"F_{tasks.safe_key(finetune_key(args, method))}.{suffix}"
+    suffix = {"openai": ".jsonl", "chat": "_chat.jsonl"}.get(family, ".json")
+    folder = "P_openai" if family in API_FAMILIES.values() else f"P_{family}"
+    return Path(args.saved) / "finetune_data" / folder / f"F_{tasks.safe_key(finetune_key(args, method))}{suffix}"
 
 
 def student_path(args, method):
@@ -85,7 +88,7 @@ def file_sha256(path):
 # ---------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
 
 def teacher_complete(args):
-    """-> complete(prompts, n, temperature, max_new_tokens, stop) of the teacher that --teacher names."""
+    """-> complete(prompts, n, temperature, max_new_tokens, stop) of the toy or the local model that --teacher names."""
     if args.teacher == "toy":
         from data.toy import toy_teacher
         return functools.partial(toy_teacher, seed=args.seed)
@@ -121,15 +124,21 @@ def write_completions(path, metadata, data):
     tasks.write_json(path, {"metadata": metadata, "data": data})
 
 
+def is_elsewhere(args):
+    """Whether the teacher is neither the toy nor a local model: its completions lie in --saved, or come through the API."""
+    return args.teacher != "toy" and not args.teacher.startswith("hf:")
+
+
+def teacher_metadata(args):
+    return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
+            "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
+
+
 def sample(args):
     """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published."""
     path = teacher_file(args)
-    if args.teacher != "toy" and not args.teacher.startswith("hf:"):
-        if not path.exists():
-            raise UserError(f"there are no completions of {args.teacher} for {args.task} at {path}, and only toy and hf:NAME can be "
-                            "sampled: put the teacher's completion file there (saved/README.md has the format)")
-        print_once(args, f"sample: using the completions of {args.teacher} at {path}")
-        return path
+    if is_elsewhere(args):
+        return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": tasks.fingerprint(samples)}
@@ -141,10 +150,8 @@ def sample(args):
     examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
     data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
                                      args.temperature, args.teacher_max_new_tokens, examples)
-    metadata = {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
-                "train_key": None, "epoch": None, "prediction_template": args.teacher_method, "settings": settings}
     if args.ranks.is_master:
-        write_completions(path, metadata, data)
+        write_completions(path, teacher_metadata(args) | {"settings": settings}, data)
         print(f"sample: {len(samples)} questions x {args.degree} rationales -> {path}")
     return path
 
@@ -152,9 +159,9 @@ def sample(args):
 # ---------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3.2)
 
 def family_of(args):
-    """What the student reads: decoder, encoder_decoder or openai files.  From its config, or, of a hub name, by the name."""
-    if args.label_style == "gpt3":
-        return "openai"
+    """What the student reads: decoder, encoder_decoder, openai or chat files.  From its config, or, of a hub name, by the name."""
+    if args.label_style in API_FAMILIES:
+        return API_FAMILIES[args.label_style]
     if args.family:
         return args.family
     config = Path(args.student) / "config.json"
@@ -164,11 +171,15 @@ def family_of(args):
 
 
 def label_template(args, method):
-    return f"{method}_{'token' if args.label_style == 'gpt3' else args.label_style}"
+    return f"{method}_{'token' if args.label_style in API_FAMILIES else args.label_style}"
+
+
+def rules_of(args, metadata):
+    return args.rules or teacher.default_rules(metadata.get("settings", {}).get("api"))
 
 
 def rationale_of(row):
-    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before Few-shot-CoT's answer sentence."""
+    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before the sentence that states the answer."""
     if "reasoning_completion" in row:
         return row["reasoning_completion"] or ""
     return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
@@ -183,11 +194,12 @@ def correct_rationales(args, path, train):
     if len(rows) < len(train) * args.degree:
         print(f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}")
     template = metadata.get("prediction_template")
-    right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], args.rules).correct]
-    kept = [row for row in right if rationale_of(row).strip()]
+    rules = rules_of(args, metadata)
+    right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], rules).correct]
+    kept = [row for row in right if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
     if not kept:
         raise UserError(f"no correct rationale is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples "
-                        f"in {path}, {len(right)} are right by the {args.rules} rules and 0 of those explain anything; "
+                        f"in {path}, {len(right)} are right by the {rules} rules and 0 of those explain anything; "
                         "try --rules flexible, another --teacher or a larger --degree")
     return kept, rows
 
@@ -201,7 +213,9 @@ def curation(args, method):
                         "run --stage sample, or put the teacher's file there")
     source = tasks.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else file_sha256(completions)
     settings = {"source": source, "split": args.split, "train": tasks.fingerprint(train), "template": template, "family": family}
-    settings |= {"teacher": args.teacher, "degree": args.degree, "rules": args.rules} if method == "ft_cot" else {}
+    if method == "ft_cot":
+        rules = rules_of(args, evaluate.read_completions(completions, args.task)[0])
+        settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules}
     return finetune_path(args, method, family), settings, train
 
 
@@ -227,6 +241,9 @@ def curate(args, method, write=True):
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
     if family == "openai":  # byte for byte the published files: no newline at the end
         text = "\n".join(json.dumps({"prompt": prompt, "completion": label}) for prompt, label in pairs)
+    elif family == "chat":
+        turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": label}] for prompt, label in pairs]
+        text = "\n".join(json.dumps({"messages": messages}) for messages in turns)
     else:
         inputs, labels = zip(*pairs)
         text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
@@ -352,8 +369,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
     what.add_argument("--task", default="toy", help=f"one of {', '.join(tasks.TASKS)} (default toy)")
-    what.add_argument("--teacher", help="toy; a name whose completions lie in --saved (default text-davinci-002, the paper's); "
-                      "or hf:NAME, a local model")
+    what.add_argument("--teacher", help="toy; hf:NAME, a local model; or a model behind an API, or whose completions lie in "
+                      "--saved (default text-davinci-002, the paper's)")
     what.add_argument("--student", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
     what.add_argument("--method", nargs="+", choices=[*PROMPTED, *FINE_TUNED], default=list(FINE_TUNED), help="default: ft ft_cot")
     what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all",
@@ -367,16 +384,17 @@ def parse_args(argv=None):
     where.add_argument("--out", help="folder of the student (default under --saved; for one --method)")
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
     teaching = parser.add_argument_group("teaching (paper §3.1-3.2)")
-    teaching.add_argument("--teacher_method", choices=["zs_cot", "fs_cot"], default="zs_cot",
-                          help="how the teacher is prompted (default zs_cot)")
+    teaching.add_argument("--teacher_method", choices=["zs", "zs_cot", "zs_cot_one_step", "fs_cot"], default="zs_cot",
+                          help="how the teacher is prompted (default zs_cot, two steps; one step costs less; zs: no rationale)")
     teaching.add_argument("--degree", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
     teaching.add_argument("--temperature", type=float, help="of the teacher (default 0; toy 0.7; paper 0, and 0.7 where D > 1)")
     teaching.add_argument("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, the paper's)")
-    teaching.add_argument("--rules", choices=["paper", "flexible"], default="paper",
-                          help="answer cleansing that decides what is kept (default paper)")
-    teaching.add_argument("--label_style", choices=["token", "natural", "gpt3"], default="token",
+    teaching.add_argument("--rules", choices=["paper", "flexible"],
+                          help="answer cleansing that decides what is kept (default paper; of chat models, flexible)")
+    teaching.add_argument("--label_style", choices=["token", "natural", *API_FAMILIES], default="token",
                           help="of fine-tuning files (default token: '{question} ###' -> ' {rationale} --> {answer}'; "
-                          "gpt3: the paper's files for the API)")
+                          "gpt3, chat: files for students behind an API)")
+    teacher.add_flags(parser)
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
@@ -421,7 +439,9 @@ def parse_args(argv=None):
 
 def check(args):
     """Refuse what cannot work before anything is computed.  Raises UserError."""
-    tasks.find_task(args.task)
+    teacher.check(args)
+    if not (args.dry_run and args.task == "all"):
+        tasks.find_task(args.task)
     for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
         base_model(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
@@ -438,9 +458,12 @@ def check(args):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
     if (args.out or args.train_key) and len(args.method) > 1 and not args.finetune_data:
         raise UserError("--out and --train_key are of one student: name one --method")
-    if args.label_style == "gpt3" and args.stage not in ("sample", "curate"):
-        raise UserError("--label_style gpt3 makes files for the API, not for a student here: use it with --stage curate")
-    if args.degree > 1 and not args.temperature and (args.teacher == "toy" or args.teacher.startswith("hf:")):
+    if args.label_style in API_FAMILIES and args.stage not in ("sample", "curate") and not teacher.has_api(args):
+        raise UserError(f"--label_style {args.label_style} makes files for the API, not for a student here: use it with --stage curate, "
+                        "or set OPENAI_API_KEY or --base_url to have the student trained there")
+    if (args.dry_run or args.batch) and not is_elsewhere(args):
+        raise UserError("--dry_run and --batch are for teachers behind an API: name one with --teacher")
+    if args.degree > 1 and not args.temperature and not is_elsewhere(args):
         raise UserError(f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7")
 
 
@@ -451,6 +474,8 @@ def run(args):
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
         sample(args)
+    if args.stage == "curate" and "ft_cot" in fine_tuned and is_elsewhere(args):
+        teacher.publish_partial(args, teacher_file(args), teacher_metadata(args))
     if "curate" in stages:
         for method in fine_tuned:
             on_master(args, lambda: curate(args, method))
