@@ -10,7 +10,6 @@ file or folder under --saved and is skipped when it is already there, made with 
 """
 import argparse
 import functools
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,6 @@ from tasks import UserError
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
-API_FAMILIES = {"gpt3": "openai", "chat": "chat"}  # label styles of students behind an API
 DEFAULTS = {  # flags whose default depends on the task
     "paper": {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0,
               "epochs": 20, "batch_size": 8, "lr": 3e-4},
@@ -70,7 +68,7 @@ def completion_path(saved, model, key, task, *parts):
 
 def finetune_path(args, method, family):
     suffix = {"openai": ".jsonl", "chat": "_chat.jsonl"}.get(family, ".json")
-    folder = "P_openai" if family in API_FAMILIES.values() else f"P_{family}"
+    folder = "P_openai" if family in teacher.API_FAMILIES.values() else f"P_{family}"
     return Path(args.saved) / "finetune_data" / folder / f"F_{tasks.safe_key(finetune_key(args, method))}{suffix}"
 
 
@@ -78,11 +76,6 @@ def student_path(args, method):
     if args.out:
         return Path(args.out)
     return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
@@ -124,11 +117,6 @@ def write_completions(path, metadata, data):
     tasks.write_json(path, {"metadata": metadata, "data": data})
 
 
-def is_elsewhere(args):
-    """Whether the teacher is neither the toy nor a local model: its completions lie in --saved, or come through the API."""
-    return args.teacher != "toy" and not args.teacher.startswith("hf:")
-
-
 def teacher_metadata(args):
     return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
             "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
@@ -137,7 +125,7 @@ def teacher_metadata(args):
 def sample(args):
     """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published."""
     path = teacher_file(args)
-    if is_elsewhere(args):
+    if teacher.is_elsewhere(args):
         return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
@@ -160,8 +148,8 @@ def sample(args):
 
 def family_of(args):
     """What the student reads: decoder, encoder_decoder, openai or chat files.  From its config, or, of a hub name, by the name."""
-    if args.label_style in API_FAMILIES:
-        return API_FAMILIES[args.label_style]
+    if args.label_style in teacher.API_FAMILIES:
+        return teacher.API_FAMILIES[args.label_style]
     if args.family:
         return args.family
     config = Path(args.student) / "config.json"
@@ -171,11 +159,7 @@ def family_of(args):
 
 
 def label_template(args, method):
-    return f"{method}_{'token' if args.label_style in API_FAMILIES else args.label_style}"
-
-
-def rules_of(args, metadata):
-    return args.rules or teacher.default_rules(metadata.get("settings", {}).get("api"))
+    return f"{method}_{'token' if args.label_style in teacher.API_FAMILIES else args.label_style}"
 
 
 def rationale_of(row):
@@ -194,7 +178,7 @@ def correct_rationales(args, path, train):
     if len(rows) < len(train) * args.degree:
         print(f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}")
     template = metadata.get("prediction_template")
-    rules = rules_of(args, metadata)
+    rules = teacher.rules_of(args, metadata)
     right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], rules).correct]
     kept = [row for row in right if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
     if not kept:
@@ -211,10 +195,10 @@ def curation(args, method):
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
-    source = tasks.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else file_sha256(completions)
+    source = tasks.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else tasks.file_sha256(completions)
     settings = {"source": source, "split": args.split, "train": tasks.fingerprint(train), "template": template, "family": family}
     if method == "ft_cot":
-        rules = rules_of(args, evaluate.read_completions(completions, args.task)[0])
+        rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
         settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules}
     return finetune_path(args, method, family), settings, train
 
@@ -226,7 +210,7 @@ def curate(args, method, write=True):
     path, settings, train = curation(args, method)
     made_from = path.with_suffix(".made_from.json")
     note = tasks.read_json(made_from) if path.exists() and made_from.exists() else {}
-    unchanged = bool(note) and note.get("sha256") == file_sha256(path)
+    unchanged = bool(note) and note.get("sha256") == tasks.file_sha256(path)
     if unchanged and tasks.is_current("curate", path, note.get("settings"), settings):
         return path
     if not write:
@@ -239,11 +223,9 @@ def curate(args, method, write=True):
     rationales = [rationale_of(row) if method == "ft_cot" else "" for row in kept]
     template, family = settings["template"], settings["family"]
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
-    if family == "openai":  # byte for byte the published files: no newline at the end
-        text = "\n".join(json.dumps({"prompt": prompt, "completion": label}) for prompt, label in pairs)
-    elif family == "chat":
-        turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": label}] for prompt, label in pairs]
-        text = "\n".join(json.dumps({"messages": messages}) for messages in turns)
+    if family in teacher.API_FAMILIES.values():
+        from data.batch import job_file
+        text = job_file(family, pairs)
     else:
         inputs, labels = zip(*pairs)
         text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
@@ -251,7 +233,7 @@ def curate(args, method, write=True):
         tasks.keep_aside(path)
     made_from.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
     tasks.write_whole(path, text)
-    tasks.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": file_sha256(path)})
+    tasks.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": tasks.file_sha256(path)})
     what = "rationales" if method == "ft_cot" else "samples"
     print(f"curate: kept {len(kept)} of {len(total)} {what} ({100 * len(kept) / len(total):.1f}%) -> {path}")
     return path
@@ -276,7 +258,7 @@ def train(args, method, data_file):
     import train_loop
     data = train_loop.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
-    settings = {"student": train_loop.model_fingerprint(source), "finetune_data": file_sha256(data_file)}
+    settings = {"student": train_loop.model_fingerprint(source), "finetune_data": tasks.file_sha256(data_file)}
     settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length")}
     if Path(source).resolve() == out.resolve():
         raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
@@ -299,6 +281,15 @@ def train(args, method, data_file):
 
 
 # ---------------- 4. Evaluate on the test questions (paper §4)
+
+def api_student(args, method):
+    """-> of a student behind an API: the file its job's ids are kept in, its completion file, and what that says it is."""
+    key, run_key = (finetune_key(args, method), train_key(args, method)) if method in FINE_TUNED else (None, None)
+    who = {"base_model": base_model(args.student), "completion_key": method, "finetune_key": key, "train_key": run_key}
+    note = Path(args.saved) / "model_metadata" / f"B_{who['base_model']}" / f"F_{key}__T_{run_key}.json"
+    part = f"T_{run_key}" if run_key else f"S_{args.split}"
+    return note, completion_path(args.saved, who["base_model"], method, args.task, part), who
+
 
 def test_file(args, method, epoch):
     """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
@@ -383,18 +374,13 @@ def parse_args(argv=None):
     where.add_argument("--finetune_data", help="with --stage train: a fine-tuning file of your own")
     where.add_argument("--out", help="folder of the student (default under --saved; for one --method)")
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
-    teaching = parser.add_argument_group("teaching (paper §3.1-3.2)")
-    teaching.add_argument("--teacher_method", choices=["zs", "zs_cot", "zs_cot_one_step", "fs_cot"], default="zs_cot",
-                          help="how the teacher is prompted (default zs_cot, two steps; one step costs less; zs: no rationale)")
-    teaching.add_argument("--degree", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
-    teaching.add_argument("--temperature", type=float, help="of the teacher (default 0; toy 0.7; paper 0, and 0.7 where D > 1)")
-    teaching.add_argument("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, the paper's)")
-    teaching.add_argument("--rules", choices=["paper", "flexible"],
+    teacher.add_flags(parser)
+    curating = parser.add_argument_group("curation (paper §3.2)")
+    curating.add_argument("--rules", choices=["paper", "flexible"],
                           help="answer cleansing that decides what is kept (default paper; of chat models, flexible)")
-    teaching.add_argument("--label_style", choices=["token", "natural", *API_FAMILIES], default="token",
+    curating.add_argument("--label_style", choices=["token", "natural", *teacher.API_FAMILIES], default="token",
                           help="of fine-tuning files (default token: '{question} ###' -> ' {rationale} --> {answer}'; "
                           "gpt3, chat: files for students behind an API)")
-    teacher.add_flags(parser)
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
@@ -458,12 +444,7 @@ def check(args):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
     if (args.out or args.train_key) and len(args.method) > 1 and not args.finetune_data:
         raise UserError("--out and --train_key are of one student: name one --method")
-    if args.label_style in API_FAMILIES and args.stage not in ("sample", "curate") and not teacher.has_api(args):
-        raise UserError(f"--label_style {args.label_style} makes files for the API, not for a student here: use it with --stage curate, "
-                        "or set OPENAI_API_KEY or --base_url to have the student trained there")
-    if (args.dry_run or args.batch) and not is_elsewhere(args):
-        raise UserError("--dry_run and --batch are for teachers behind an API: name one with --teacher")
-    if args.degree > 1 and not args.temperature and not is_elsewhere(args):
+    if args.degree > 1 and not args.temperature and not teacher.is_elsewhere(args):
         raise UserError(f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7")
 
 
@@ -474,19 +455,26 @@ def run(args):
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
         sample(args)
-    if args.stage == "curate" and "ft_cot" in fine_tuned and is_elsewhere(args):
+    if args.stage == "curate" and "ft_cot" in fine_tuned and teacher.is_elsewhere(args):
         teacher.publish_partial(args, teacher_file(args), teacher_metadata(args))
     if "curate" in stages:
         for method in fine_tuned:
             on_master(args, lambda: curate(args, method))
     results = []
+    if args.label_style in teacher.API_FAMILIES:
+        from data import batch
     for method in methods:
         if "train" in stages and method in FINE_TUNED:
             data_file = args.finetune_data or finetune_path(args, method, family_of(args))
             if args.stage == "train" and not args.finetune_data:
                 on_master(args, lambda: curate(args, method, write=False))
-            train(args, method, Path(data_file))
-        if "evaluate" in stages:
+            if args.label_style in teacher.API_FAMILIES:
+                batch.fine_tune(args, Path(data_file), api_student(args, method)[0])
+            else:
+                train(args, method, Path(data_file))
+        if "evaluate" in stages and args.label_style in teacher.API_FAMILIES:
+            results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *api_student(args, method)))
+        elif "evaluate" in stages:
             results.append(test_finished(args, method, student_path(args, method)))
     if results and args.ranks.is_master:
         evaluate.report(results, args.student, args.seed, args.saved)
@@ -497,7 +485,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         check(args)
-        if args.stage in ("sample", "curate") and not args.teacher.startswith("hf:"):
+        on_api = args.label_style in teacher.API_FAMILIES
+        if (args.stage in ("sample", "curate") or on_api) and not (args.teacher.startswith("hf:") and args.stage in ("all", "sample")):
             args.ranks = argparse.Namespace(world_size=1, is_master=True)  # no model, so no torch
             if os.environ.get("RANK", "0") != "0":
                 return  # under torchrun: one process is enough

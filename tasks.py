@@ -136,6 +136,11 @@ def safe_key(name):
     return key
 
 
+def file_sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def fingerprint(value):
     """16 hex digits that change when the value changes: what a derived file was made from, in one word."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -51,7 +51,8 @@ class BadReply(Exception):
 
 
 class Failed(Exception):
-    """A request that is given up; the run goes on."""
+    """A request that the server refused, or that is given up; the run goes on."""
+    refused, possible_cost = False, 0.0
 
 
 class Stopped(Exception):
@@ -152,10 +153,10 @@ class Run:
         for s in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(s)
         await self.client.close()
-        if not self.failures.rows:
-            self.failures.path.unlink()
-        self.failures.close()
-        self.journal.close()  # its lock goes last
+        for journal in (self.failures, self.journal):  # the journal's lock goes last
+            if not journal.rows:
+                journal.path.unlink()
+            journal.close()
 
     def stop(self, reason):
         """End the run: requests under way are waited for and recorded, no new one goes out.  The first reason counts."""
@@ -229,7 +230,9 @@ def on_status(run, error):
         run.refusals.append(said)
         if not run.requests and len(run.refusals) >= FIRST_REFUSALS and len(set(run.refusals)) == 1:
             run.stop(f"the first {FIRST_REFUSALS} requests were all refused: {said}")
-        raise Failed(said)
+        failure = Failed(said)
+        failure.refused = True
+        raise failure
     elif error.status_code == 429 or retry_after(error.response.headers) is not None:
         run.pause(retry_after(error.response.headers), said)
 
@@ -273,10 +276,10 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
 # ---------------- What is kept
 
 async def fail(run, key, sample_index, step, ks, error):
+    """Add a failure to the failures file: what was asked, and why there is no answer."""
     row = {"key": f"{key} {len(run.failures.rows)}", "sample_index": sample_index, "completion_index": ks, "step": step,
            "error": str(error)}
-    cost = getattr(error, "possible_cost", 0)
-    await write(run, run.failures, [row | ({"possible_cost": cost} if cost else {})])
+    await write(run, run.failures, [row | ({"possible_cost": error.possible_cost} if error.possible_cost else {})])
 
 
 async def record(run, rows):

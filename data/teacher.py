@@ -21,13 +21,20 @@ import tasks
 from data.api import BadReply, Failed, Run, Stopped, attempt, base_url, dollars, fail, has_api, most_tokens, read_reply, record, totals
 from tasks import UserError
 
+API_FAMILIES = {"gpt3": "openai", "chat": "chat"}  # label styles of students behind an API
 ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
 # ---------------- Flags
 
 def add_flags(parser):
-    """The flags of API teachers.  The key is not among them: a flag could be read in `ps`."""
+    """How a teacher is asked.  The API key is not among them: a flag could be read in `ps`."""
+    teaching = parser.add_argument_group("teaching (paper §3.1)")
+    teaching.add_argument("--teacher_method", choices=["zs", "zs_cot", "zs_cot_one_step", "fs_cot"], default="zs_cot",
+                          help="how the teacher is prompted (default zs_cot, two steps; one step costs less; zs: no rationale)")
+    teaching.add_argument("--degree", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
+    teaching.add_argument("--temperature", type=float, help="of the teacher (default 0; toy 0.7; paper 0, and 0.7 where D > 1)")
+    teaching.add_argument("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, the paper's)")
     api = parser.add_argument_group("API teachers (key: OPENAI_API_KEY in the environment)")
     api.add_argument("--base_url", help="server to ask, e.g. http://127.0.0.1:8000/v1 (default OPENAI_BASE_URL, or OpenAI)")
     api.add_argument("--api", choices=list(ENDPOINTS), default="chat",
@@ -52,8 +59,8 @@ def add_flags(parser):
 def check(args):
     """Refuse flags that cannot work, before anything is asked.  Raises UserError."""
     for name in ("choices", "concurrency", "attempt_timeout", "max_attempts"):
-        if not 0 < getattr(args, name) < 10**6:
-            raise UserError(f"--{name} {getattr(args, name)} must be above 0 and below a million")
+        if not 0 < getattr(args, name) <= 1000:
+            raise UserError(f"--{name} {getattr(args, name)} must be above 0, and 1000 at most")
     for name in ("requests_per_minute", "tokens_per_minute", "price_in", "price_out", "max_cost"):
         if not 0 <= (getattr(args, name) or 0) < 10**9:
             raise UserError(f"--{name} {getattr(args, name)} must be 0 or more, and below a billion")
@@ -61,12 +68,17 @@ def check(args):
         raise UserError("prices come in pairs, and --max_cost needs them: give --price_in and --price_out, dollars a million tokens")
     if (args.dry_run or args.batch) and args.stage != "sample" or args.dry_run and args.batch:
         raise UserError("--dry_run and --batch go with --stage sample, one at a time")
+    if (args.dry_run or args.batch) and not is_elsewhere(args):
+        raise UserError("--dry_run and --batch are for teachers behind an API: name one with --teacher")
+    if args.label_style in API_FAMILIES and args.stage not in ("sample", "curate") and not has_api(args):
+        raise UserError(f"--label_style {args.label_style} makes files for the API, not for a student here: use it with --stage curate, "
+                        "or set OPENAI_API_KEY or --base_url to have the student trained there")
     url = urlsplit(base_url(args) or "https://")
     if url.scheme not in ("http", "https") or base_url(args) and not url.hostname:
         raise UserError("the base URL must begin with http:// or https:// and a host, like http://127.0.0.1:8000/v1")
     if url.username or url.password:
         raise UserError("the base URL must hold no name and no password: put the key into OPENAI_API_KEY")
-    if url.scheme == "http" and not (url.hostname == "localhost" or url.hostname.startswith("127.") or url.hostname == "::1"):
+    if url.scheme == "http" and url.hostname not in ("localhost", "::1") and not url.hostname.startswith("127."):
         print(f"warning: plain http to {url.hostname}: the key and all texts travel unencrypted; use https", file=sys.stderr)
 
 
@@ -217,7 +229,7 @@ async def collect(args, plan, path, samples):
         print(f"sample: {there} of {total} completions are in {run.journal.path}{asking}", flush=True)
         reporter = asyncio.create_task(report(run, lambda: f"{there + run.requests * plan.choices // steps} of {total} completions"))
         try:
-            await asyncio.gather(*(worker(run, units) for _ in range(min(int(args.concurrency), len(todo)))))
+            await asyncio.gather(*(worker(run, units) for _ in range(min(args.concurrency, len(todo)))))
         finally:
             reporter.cancel()
     return run
@@ -316,9 +328,19 @@ def fill(args, plan, path, metadata, samples):
 
 # ---------------- Stage sample, for a teacher that is neither the toy nor a local model
 
+def is_elsewhere(args):
+    """Whether the teacher is neither the toy nor a local model: its completions lie in --saved, or come through the API."""
+    return args.teacher != "toy" and not args.teacher.startswith("hf:")
+
+
 def default_rules(api):
     """Chat models write their answers in sentences that the paper's rules often misread."""
     return "flexible" if api == "chat" else "paper"
+
+
+def rules_of(args, metadata):
+    """-> the rules that curate a completion file: --rules, or what suits the model that wrote it."""
+    return args.rules or default_rules(metadata.get("settings", {}).get("api"))
 
 
 def teacher_samples(args):

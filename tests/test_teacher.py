@@ -1,0 +1,364 @@
+"""A teacher behind an API: what it is asked, what is kept, and every fault a server can have.   python -m pytest tests/test_teacher.py"""
+import collections
+import datetime
+import email.utils
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import evaluate
+import finetune_cot
+import tasks
+from api_server import ApiServer, Reply, completion
+from conftest import ROOT
+from data import api
+
+KEY = "sk-marked-5b1f"
+
+
+@pytest.fixture
+def server():
+    with ApiServer() as server:
+        yield server
+
+
+@pytest.fixture
+def ask(server, tmp_path, capsys, monkeypatch):
+    """-> function: flags -> (exit message or None, what was printed), of `--stage sample` on 20 toy questions, with short waits."""
+    monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=20, train=14, test=6))
+    monkeypatch.setattr(api, "BACKOFF", 0.01)
+    monkeypatch.setattr(api, "LONGEST_BACKOFF", 0.03)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def run(*flags):
+        usual = {"--stage": "sample", "--teacher": "gpt-test", "--teacher_method": "zs_cot_one_step", "--degree": 1, "--temperature": 0,
+                 "--base_url": server.url, "--saved": tmp_path, "--concurrency": 4}
+        flags = [*(x for flag, value in usual.items() if flag not in flags for x in (flag, value)), *flags]
+        try:
+            finetune_cot.main([*map(str, flags)])
+            message = None
+        except SystemExit as e:
+            message = e.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err and KEY not in f"{captured}{message}"
+        run.err = captured.err
+        return message, captured.out
+    run.file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step/D_toy.json"
+    run.journal = run.file.with_suffix(".journal.jsonl")
+    run.failures = run.file.with_suffix(".failures.jsonl")
+    yield run
+    for path in tmp_path.rglob("*"):  # the key is in no file that any of these tests made
+        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+
+
+def rows(file):
+    return evaluate.read_completions(file)[1]
+
+
+def first_time(server, reply, of=1):
+    """The server gives the first `of` requests this reply, later ones the usual."""
+    server.answer = lambda request: reply if len(server.log) <= of else None
+
+
+def keys_asked(server):
+    return collections.Counter(request.key for request in server.asked())
+
+
+# ---------------------------------------------------------------- what is asked
+
+def test_two_step_chat_keeps_the_reasoning_as_the_assistant_s_turn(server, ask, tmp_path):
+    message, out = ask("--teacher_method", "zs_cot", "--degree", 2, "--temperature", 0.7)
+    assert message is None, message
+    first, second = ([r for r in server.log if len(r.body["messages"]) == n] for n in (1, 3))
+    assert len(first) == len(second) == 40 and all("n" not in r.body and "stop" not in r.body for r in server.log)
+    question = tasks.load("toy")[0]["question"]
+    [asked] = [r for r in second if r.body["messages"][0]["content"].startswith(question)][:1]
+    assert [m["role"] for m in asked.body["messages"]] == ["user", "assistant", "user"]
+    assert asked.body["messages"][0]["content"] == question + "\nLet's think step by step." and asked.body["messages"][2]["content"] == "Therefore, the answer is"
+    assert {r.body["temperature"] for r in first} == {0.7} and {r.body["temperature"] for r in second} == {0.0}  # the answer is read off greedily
+    file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_t70/D_toy.json"
+    metadata = tasks.read_json(file)["metadata"]
+    row = rows(file)[0]
+    assert (row["api"], row["model"], row["prompt"], row["finish_reason"]) == ("chat", "gpt-test-0613", "Therefore, the answer is", "stop")
+    assert row["reasoning_prompt"].endswith("step by step.") and row["reasoning_completion"].startswith("Because") and row["completion"] in ("yes.", "no.")
+    assert metadata["usage"] == {"prompt_tokens": 800, "completion_tokens": 400, "usage_unknown": 0, "requests": 80, "attempts": 80, "unanswered": 0}
+    assert "% of 40 are correct so far (flexible rules)" in out
+
+
+def test_raw_completions_send_the_paper_s_strings(server, ask, tmp_path):
+    assert ask("--teacher_method", "zs_cot", "--api", "completions")[0] is None
+    question = tasks.load("toy")[0]["question"]
+    prompts = {r.body["prompt"] for r in server.log if r.path == "/completions" and question in r.body["prompt"]}
+    step_1 = f"Q: {question}\nA: Let's think step by step."
+    row = rows(tmp_path / "completion_data/B_gpt-test__C_zs_cot/D_toy.json")[0]
+    assert prompts == {step_1, step_1 + row["reasoning_completion"] + "\nTherefore, the answer is"} == {row["reasoning_prompt"], row["prompt"]}
+    assert server.log[0].body["max_tokens"] == 128
+
+
+def test_few_shot_prompts_end_at_the_next_question_even_where_the_server_does_not_stop(server, ask, tmp_path):
+    (tmp_path / "data").mkdir()
+    tasks.write_json(tmp_path / "data/few_shot_cot_prompts.json", {"toy": {"prompt": "Q: a?\nA: b. The answer is yes."}})
+    server.answer = lambda request: Reply(body=completion(request, " So. The answer is no.\nQ: Next", "length"))
+    assert ask("--teacher_method", "fs_cot", "--api", "completions", "--data", tmp_path / "data")[0] is None
+    assert server.log[0].body["stop"] == ["\nQ:"] and server.log[0].body["prompt"].startswith("Q: a?\nA: b. The answer is yes.\nQ: A coin")
+    row = rows(tmp_path / "completion_data/B_gpt-test__C_fs_cot/D_toy.json")[0]
+    assert (row["completion"], row["finish_reason"]) == (" So. The answer is no.", "stop")
+
+
+@pytest.mark.parametrize("flags, names", [((), {"model", "messages", "temperature", "max_completion_tokens"}),
+                                          (("--no_temperature",), {"model", "messages", "max_completion_tokens"}),
+                                          (("--legacy_max_tokens",), {"model", "messages", "temperature", "max_tokens"})])
+def test_only_what_was_set_is_sent(server, ask, flags, names):
+    assert ask(*flags)[0] is None and set(server.log[0].body) == names
+
+
+def test_the_training_part_alone_can_be_asked(server, ask):
+    assert ask("--teacher_part", "train", "--split", "few_shot_8")[0] is None and len(server.asked()) == len(rows(ask.file)) == 8
+
+
+def test_a_larger_degree_asks_only_for_the_new_ones_and_a_smaller_one_for_nothing(server, ask, tmp_path):
+    flags = ("--temperature", 0.7, "--degree")
+    ask(*flags, 1)
+    assert ask(*flags, 3)[0] is None and len(server.asked()) == 60 and max(keys_asked(server).values()) == 1
+    file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step_t70/D_toy.json"
+    assert [row["completion_index"] for row in rows(file)] == [0, 1, 2] * 20
+    ask(*flags, 2)
+    assert len(server.asked()) == 60 and len(rows(file)) == 40
+
+
+def test_changed_settings_never_reuse_old_answers(server, ask):
+    ask()
+    for flags in (("--teacher_max_new_tokens", 64), ("--api", "completions")):
+        before = len(server.asked())
+        ask(*flags)
+        assert len(server.asked()) == before + 20
+    before = len(server.asked())
+    _, out = ask()  # all rows are still there
+    assert len(server.asked()) == before and len(rows(ask.file)) == 20
+
+
+def test_a_finished_file_and_a_file_from_elsewhere_are_used_as_they_are(server, ask):
+    ask()
+    asked = len(server.log)
+    assert "made with the same settings: skipped" in ask()[1] and len(server.log) == asked
+    ask.journal.unlink()
+    assert "using the completions of gpt-test" in ask("--degree", 1)[1] and len(server.log) == asked
+
+
+def test_without_a_key_and_a_base_url_the_way_to_an_api_is_named(ask, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    with pytest.raises(SystemExit, match="set OPENAI_API_KEY or --base_url"):
+        finetune_cot.main(["--stage", "sample", "--teacher", "gpt-test", "--saved", str(ask.file.parent)])
+
+
+def test_identical_rationales_above_temperature_0_are_pointed_out(server, ask):
+    server.answer = lambda request: Reply(body=completion(request, "The answer is yes."))
+    _, out = ask("--degree", 2, "--temperature", 0.7)
+    assert "warning: all completions of 20 of 20 questions are identical" in out
+
+
+# ---------------------------------------------------------------- several choices a request
+
+def broken_n(request, how):
+    body = completion(request)
+    choices = body["choices"]
+    body["choices"] = {"fewer": choices[:1], "more": choices + [{**choices[-1], "index": 9}], "shuffled": choices[::-1],
+                       "duplicate": [{**c, "index": 0} for c in choices], "right": choices}[how]
+    return Reply(body=body)
+
+
+@pytest.mark.parametrize("how, requests", [("right", 20), ("more", 20), ("shuffled", 20), ("fewer", 60), ("duplicate", 60)])
+def test_whatever_number_of_choices_comes_back_each_completion_is_there_once(server, ask, tmp_path, how, requests):
+    server.answer = lambda request: broken_n(request, how)
+    assert ask("--degree", 3, "--temperature", 0.7, "--choices", 3)[0] is None
+    assert len(server.asked()) == requests
+    journal = tasks.read_jsonl(tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step_t70/D_toy.journal.jsonl")
+    assert len({row["key"] for row in journal}) == len(journal) == 60
+    assert sum("usage" in row for row in journal) == requests  # of a request once, on its first choice
+    if how == "shuffled":
+        assert all(row["completion"].endswith(str(row["completion_index"] or ".")) for row in journal)
+
+
+# ---------------------------------------------------------------- 429: all workers pause
+
+def in_a_moment():
+    return email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=2), usegmt=True)
+
+
+@pytest.mark.parametrize("headers, seconds", [({"retry-after": "1"}, 1), ({"retry-after-ms": "300"}, 0.3), ("date", 0.9), ({}, 0.004), ({"retry-after": "0"}, 0.004)])
+def test_after_a_429_no_worker_asks_before_the_server_allows_it(server, ask, headers, seconds):
+    first_time(server, Reply(429, {"error": {"message": "slow down"}}, {"retry-after": in_a_moment()} if headers == "date" else headers), of=4)
+    assert ask()[0] is None and len(rows(ask.file)) == 20 and len(server.asked()) == 24
+    times = [request.time for request in server.asked()]
+    assert times[4] - times[3] >= seconds and times[3] - times[0] < 0.5
+    assert all(row["attempts"] == 1 for row in tasks.read_jsonl(ask.journal))  # being turned away is no attempt
+
+
+def test_a_wait_that_is_too_long_stops_the_run_with_the_server_s_words(server, ask):
+    first_time(server, Reply(429, {"error": {"message": "come back tomorrow"}}, {"retry-after": "60000"}))
+    message, _ = ask()
+    assert "the server asks to wait 60000 s" in message and "come back tomorrow" in message and len(server.asked()) <= 4
+
+
+def test_ten_minutes_are_waited_for(ask, server, monkeypatch):
+    monkeypatch.setattr(api.Run, "pause", lambda run, asked, why, pause=api.Run.pause: (pause(run, asked, why), setattr(run, "seen", run.not_before),
+                                                                                      setattr(run, "not_before", 0), seen.append(asked)))
+    seen = []
+    first_time(server, Reply(429, {}, {"retry-after": "600"}))
+    assert ask()[0] is None and seen == [600]
+
+
+def test_a_server_that_only_says_429_stops_the_run(server, ask, monkeypatch):
+    monkeypatch.setattr(api, "LONGEST_PAUSE", 0.5)
+    server.answer = lambda request: Reply(429, {"error": {"message": "slow down"}})
+    message, _ = ask()
+    assert "slow down" in message and "start the same command again" in message and len(server.asked()) < 200
+
+
+def test_the_requests_a_minute_are_kept(server, ask):
+    assert ask("--requests_per_minute", 1200)[0] is None
+    times = [request.time for request in server.asked()]
+    assert all(b - a >= 0.03 for a, b in zip(times, times[1:])) and times[-1] - times[0] >= 0.05 * 19 * 0.97
+
+
+def test_the_tokens_a_minute_are_kept(server, ask):
+    assert ask("--tokens_per_minute", 250_000)[0] is None  # about 200 tokens a request: 50 ms each
+    assert server.asked()[-1].time - server.asked()[0].time > 19 * 0.03
+
+
+def test_no_more_requests_are_under_way_than_asked_for(server, ask):
+    server.delay = 0.02
+    assert ask("--concurrency", 3)[0] is None and server.most_open == 3
+
+
+# ---------------------------------------------------------------- what stops the run at once
+
+@pytest.mark.parametrize("status, error", [(429, {"message": "no money left", "code": "insufficient_quota"}), (401, {"message": f"wrong key {KEY}"}), (403, {"message": "not for you"}),
+                                           (404, {"message": "no model gpt-test"}),
+                                           (400, {"message": "Unsupported value: 'temperature'", "code": "unsupported_value", "param": "temperature"})])
+def test_what_no_retry_can_mend_stops_the_run_and_keeps_the_rows(server, ask, status, error):
+    server.answer = lambda request: Reply(status, {"error": error}) if len(server.log) > 8 else None
+    message, out = ask()
+    assert message.startswith("error: ") and error["message"].replace(KEY, "[key]") in message
+    assert 9 <= len(server.asked()) <= 8 + 4 and len(tasks.read_jsonl(ask.journal)) == 8 and not ask.file.exists()
+    assert error.get("param") is None or "--no_temperature" in message and "'temperature'" in message
+    server.answer = lambda request: None
+    asked = len(server.asked())
+    assert ask()[0] is None and len(server.asked()) == asked + 12 and len(rows(ask.file)) == 20
+
+
+def test_one_refused_question_is_recorded_and_the_rest_finish(server, ask):
+    question = tasks.load("toy")[7]["question"]
+    server.answer = lambda request: Reply(400, {"error": {"message": "content policy"}}) if question in json.dumps(request.body) else None
+    message, out = ask()
+    assert "1 of 20 completions are missing, 1 requests failed" in message and not ask.file.exists()
+    [failure] = tasks.read_jsonl(ask.failures)
+    assert failure["sample_index"] == 7 and "content policy" in failure["error"] and len(tasks.read_jsonl(ask.journal)) == 19
+    assert ask("--stage", "curate", "--method", "ft_cot")[0] is None  # go on without it
+    assert len(rows(ask.file)) == 19 and tasks.read_json(ask.file)["metadata"]["settings"]["missing"] == 1
+    server.answer = lambda request: None
+    assert ask()[0] is None and len(rows(ask.file)) == 20 and tasks.read_json(ask.file)["metadata"]["settings"]["missing"] == 0
+
+
+def test_a_400_to_everything_stops_after_the_first_few(server, ask):
+    server.answer = lambda request: Reply(400, {"error": {"message": "bad model"}})
+    message, _ = ask()
+    assert "the first 5 requests were all refused: the server answered 400" in message and "bad model" in message and len(server.asked()) <= 5 + 4
+
+
+# ---------------------------------------------------------------- what is worth another attempt
+
+HTML = Reply(503, b"<html>busy</html>", {"content-type": "text/html"})
+PASSING = {"500": Reply(500, {"error": {"message": "oops"}}), "503 HTML": HTML, "408": Reply(408, {}), "409": Reply(409, {}),
+           "reset": Reply(reset=True), "close": Reply(close=True), "truncated": Reply(body=b'{"choices": [{}]}', cut=9),
+           "malformed": Reply(body=b'{"choices": ['), "empty": Reply(body=b""), "HTML 200": Reply(body=b"<html>", headers={"content-type": "text/html"}),
+           "list": Reply(body=[]), "text": Reply(body="hello"), "error in a 200": Reply(body={"error": {"message": "inner"}}),
+           "no choices": Reply(body={"id": "x"}), "empty choices": Reply(body={"choices": []}), "no message": Reply(body={"choices": [{"index": 0}]}),
+           "message of parts": Reply(body={"choices": [{"index": 0, "message": {"content": [{"text": "a"}]}}]}), "not UTF-8": Reply(body=b'"\xff'),
+           "deep": Reply(body=b"[" * 100_000)}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_passing_fault_is_retried_and_leaves_exactly_one_row(server, ask, fault):
+    first_time(server, PASSING[fault], of=3)
+    message, _ = ask()
+    assert message is None, message
+    assert len(server.asked()) == 23 and len(rows(ask.file)) == 20 and len(tasks.read_jsonl(ask.journal)) == 20 and not ask.failures.exists()
+    assert tasks.read_json(ask.file)["metadata"]["usage"]["attempts"] == 23
+
+
+@pytest.mark.parametrize("fault", ["500", "503 HTML", "408", "409", "reset", "malformed", "empty choices"])
+def test_retries_are_bounded_and_end_in_the_failures_file(server, ask, fault):
+    server.answer = lambda request: PASSING[fault] if tasks.load("toy")[3]["question"] in json.dumps(request.body) else None
+    message, _ = ask("--max_attempts", 4)
+    assert "1 of 20 completions are missing" in message and len(server.asked()) == 19 + 4
+    [failure] = tasks.read_jsonl(ask.failures)
+    assert failure["error"].startswith("given up after 4 attempts: ")
+
+
+def test_an_idle_connection_that_the_server_closed_is_no_failure(server, ask):
+    server.answer = lambda request: Reply(body=completion(request), then_close=True)
+    assert ask()[0] is None and len(rows(ask.file)) == 20 and len(tasks.read_jsonl(ask.journal)) == 20
+
+
+@pytest.mark.parametrize("slow", [Reply(delay=1), Reply(body=b" " * 100, drip=0.05)])
+def test_slow_replies_are_cut_by_the_wall_clock_and_counted_as_possibly_billed(server, ask, slow):
+    first_time(server, slow, of=2)
+    start = time.monotonic()
+    assert ask("--attempt_timeout", 0.3, "--concurrency", 2)[0] is None
+    assert time.monotonic() - start < 3 and len(server.asked()) == 22 and len(rows(ask.file)) == 20
+    time.sleep(0.8)  # a late reply has no one to take it
+    assert len(tasks.read_jsonl(ask.journal)) == 20 and tasks.read_json(ask.file)["metadata"]["usage"]["unanswered"] == 2
+
+
+def test_one_request_that_always_fails_does_not_sink_the_other_999(server, ask, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=1000, train=700, test=300))
+    question = tasks.load("toy")[333]["question"]
+    server.answer = lambda request: PASSING["500"] if question in json.dumps(request.body) else None
+    message, _ = ask("--concurrency", 32)
+    assert "1 of 1000 completions are missing" in message and len(tasks.read_jsonl(ask.journal)) == 999
+
+
+# ---------------------------------------------------------------- answers of odd kinds
+
+@pytest.mark.parametrize("reason, text", [("length", "cut"), ("content_filter", "cut"), ("weird", "cut"), (None, "cut"), ("stop", None), ("stop", " ")])
+def test_an_unfinished_or_missing_rationale_is_stored_without_a_second_turn_and_never_kept(server, ask, tmp_path, reason, text):
+    first_questions = [s["question"] for s in tasks.load("toy")[:5]]
+    server.answer = lambda request: Reply(body=completion(request, text, reason)) if any(q in json.dumps(request.body) for q in first_questions) else None
+    assert ask("--teacher_method", "zs_cot")[0] is None
+    assert len(server.asked()) == 5 + 15 * 2
+    file = tmp_path / "completion_data/B_gpt-test__C_zs_cot/D_toy.json"
+    odd = rows(file)[:5]
+    assert all((row["reasoning_completion"], row["reasoning_finish_reason"], row["completion"], row["finish_reason"]) == (text or "", reason, "", None) for row in odd)
+    assert not any(tasks.judge("toy", "zs_cot", row["completion"], row["answer"], rules).correct for row in odd for rules in ("paper", "flexible"))
+
+
+def test_a_right_answer_in_a_cut_reply_is_not_taught(server, ask, tmp_path):
+    server.answer = lambda request: Reply(body=completion(request, "It turns. The answer is yes. Or", "length"))
+    ask()
+    message, _ = ask("--stage", "curate", "--method", "ft_cot")
+    assert "no correct rationale is left" in message and len(rows(ask.file)) == 20
+
+
+def test_a_refusal_is_a_row_with_its_reason(server, ask):
+    refusal = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": None, "refusal": "I cannot"}}]
+    first_time(server, Reply(body={"model": "m", "choices": refusal, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}))
+    assert ask("--concurrency", 1)[0] is None
+    row = rows(ask.file)[0]
+    assert (row["completion"], row["refusal"]) == ("", "I cannot") and not tasks.judge("toy", "zs_cot_one_step", row["completion"], row["answer"]).correct
+
+
+@pytest.mark.parametrize("usage", [..., None, {"prompt_tokens": "many"}, {"prompt_tokens": -1, "completion_tokens": 2}])
+def test_missing_usage_is_unknown_and_not_0(server, ask, usage):
+    first_time(server, Reply(body={"model": "m", "choices": [{"index": 0, "finish_reason": "stop", "message": {"content": "The answer is yes."}}],
+                                   **({"usage": usage} if usage is not ... else {})}), of=3)
+    assert ask()[0] is None
+    metadata = tasks.read_json(ask.file)["metadata"]
+    assert metadata["usage"]["usage_unknown"] == 3 and metadata["usage"]["prompt_tokens"] == 170
