@@ -19,7 +19,7 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from data import teacher
+from data import batch, teacher
 from tasks import UserError
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
@@ -224,8 +224,7 @@ def curate(args, method, write=True):
     template, family = settings["template"], settings["family"]
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
     if family in teacher.API_FAMILIES.values():
-        from data.batch import job_file
-        text = job_file(family, pairs)
+        text = batch.job_file(family, pairs)
     else:
         inputs, labels = zip(*pairs)
         text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
@@ -364,8 +363,7 @@ def parse_args(argv=None):
                       "--saved (default text-davinci-002, the paper's)")
     what.add_argument("--student", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
     what.add_argument("--method", nargs="+", choices=[*PROMPTED, *FINE_TUNED], default=list(FINE_TUNED), help="default: ft ft_cot")
-    what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all",
-                      help="run this stage alone (default all)")
+    what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all", help="one stage (default all)")
     what.add_argument("--split", default="default", help="default, template, few_shot_8, few_shot_32, few_shot_128 (default: default)")
     what.add_argument("--seed", type=int, default=0, help="of sample order, dropout, the toy's teacher and student (default 0)")
     where = parser.add_argument_group("where")
@@ -376,11 +374,9 @@ def parse_args(argv=None):
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
     teacher.add_flags(parser)
     curating = parser.add_argument_group("curation (paper §3.2)")
-    curating.add_argument("--rules", choices=["paper", "flexible"],
-                          help="answer cleansing that decides what is kept (default paper; of chat models, flexible)")
+    curating.add_argument("--rules", choices=["paper", "flexible"], help="what counts as right (default paper; of chat models, flexible)")
     curating.add_argument("--label_style", choices=["token", "natural", *teacher.API_FAMILIES], default="token",
-                          help="of fine-tuning files (default token: '{question} ###' -> ' {rationale} --> {answer}'; "
-                          "gpt3, chat: files for students behind an API)")
+                          help="of labels (default token: '{question} ###' -> ' {rationale} --> {answer}'; gpt3, chat: for an API)")
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
@@ -461,8 +457,6 @@ def run(args):
         for method in fine_tuned:
             on_master(args, lambda: curate(args, method))
     results = []
-    if args.label_style in teacher.API_FAMILIES:
-        from data import batch
     for method in methods:
         if "train" in stages and method in FINE_TUNED:
             data_file = args.finetune_data or finetune_path(args, method, family_of(args))

@@ -82,8 +82,7 @@ def read_jsonl(path):
 class Journal:
     """An append-only file of JSON lines {"key": ..., ...}: what it holds survives any kill, and no key stands in it twice.
 
-    self.rows is {key: row}.  One process writes it at a time; a second is refused with a UserError.  A last line that a kill
-    tore is dropped; a bad line elsewhere is refused, since it may have cost money."""
+    self.rows is {key: row}.  A second writer is refused (UserError), a torn last line dropped, a bad line elsewhere refused."""
 
     def __init__(self, path):
         import fcntl
@@ -94,8 +93,7 @@ class Journal:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path} is being written by another run: wait for it or stop it") from None
-        self.lock.seek(0)
-        end = 0
+        end = self.lock.seek(0)
         for i, line in enumerate(self.lock, 1):
             if not line.endswith(b"\n"):
                 break  # torn
@@ -108,20 +106,24 @@ class Journal:
 
     def append(self, rows):
         """Add rows whose keys are new; they are on the disk when this returns.  Raises OSError where they cannot be."""
-        new = {}
-        for row in rows:
-            if row["key"] not in self.rows:
-                new.setdefault(row["key"], row)
+        self.write(self.add(rows))
+
+    def add(self, rows):
+        """Take rows whose keys are new into self.rows; -> these rows, for write()."""
+        return [row for row in rows if self.rows.setdefault(row["key"], row) is row]
+
+    def write(self, rows):
         end = self.path.stat().st_size
         try:
             with open(self.path, "ab") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
+                f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 f.flush()
                 os.fsync(f.fileno())
         except OSError:
             os.truncate(self.path, end)  # a full disk: no half line stays
+            for row in rows:
+                del self.rows[row["key"]]
             raise
-        self.rows.update(new)
 
     def close(self):
         self.lock.close()

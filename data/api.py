@@ -7,9 +7,11 @@ import asyncio
 import json
 import math
 import os
+import queue
 import random
 import signal
 import sys
+import threading
 import time
 from email.utils import parsedate_to_datetime
 
@@ -133,7 +135,7 @@ class Run:
         self.args, self.plan, self.client = args, plan, make_client(args)
         self.journal = tasks.Journal(path.with_suffix(".journal.jsonl"))
         self.failures = tasks.Journal(path.with_suffix(".failures.jsonl"))
-        self.failed_keys, self.waiting_rows, self.commit = set(), [], asyncio.Lock()
+        self.failed_keys, self.unwritten = set(), queue.Queue()
         self.started, self.requests, self.refusals = time.monotonic(), 0, []
         self.reason, self.stopped = None, asyncio.Event()                                   # why it ends
         self.not_before = self.next_turn = 0.0                                              # pace
@@ -147,11 +149,15 @@ class Run:
     async def __aenter__(self):
         for s in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(s, self.interrupt)
+        self.writer = threading.Thread(target=write_journal, args=(self, asyncio.get_running_loop()))
+        self.writer.start()
         return self
 
     async def __aexit__(self, *error):
         for s in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(s)
+        self.unwritten.put(None)
+        await asyncio.to_thread(self.writer.join)
         await self.client.close()
         for journal in (self.failures, self.journal):  # the journal's lock goes last
             if not journal.rows:
@@ -275,25 +281,28 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
 
 # ---------------- What is kept
 
-async def fail(run, key, sample_index, step, ks, error):
+def fail(run, key, sample_index, step, ks, error):
     """Add a failure to the failures file: what was asked, and why there is no answer."""
     row = {"key": f"{key} {len(run.failures.rows)}", "sample_index": sample_index, "completion_index": ks, "step": step,
            "error": str(error)}
-    await write(run, run.failures, [row | ({"possible_cost": error.possible_cost} if error.possible_cost else {})])
+    run.failures.append([row | ({"possible_cost": error.possible_cost} if error.possible_cost else {})])
 
 
 async def record(run, rows):
-    """Return when these rows are on the disk.  Rows that finish while others are being written share the next write and fsync."""
-    run.waiting_rows += rows
-    async with run.commit:
-        if run.waiting_rows:
-            rows, run.waiting_rows = run.waiting_rows, []
-            await write(run, run.journal, rows)
+    """Hand finished rows to the writer.  The worker goes on while they are written, unless more wait than there are workers:
+    that bounds what a kill can lose, and what is spent after the disk is full."""
+    run.unwritten.put(run.journal.add(rows))
+    while run.unwritten.qsize() > run.args.concurrency:
+        await run.nap(0.01)
 
 
-async def write(run, journal, rows):
-    """Append in a thread; where the disk is full, the run ends before more is paid for."""
-    try:
-        await asyncio.to_thread(journal.append, rows)
-    except OSError as e:
-        run.stop(f"{journal.path} cannot be written ({e.strerror}), so nothing more is asked: make room and start the same command again")
+def write_journal(run, loop):
+    """The one writer, a thread: rows that finish while others are being written share the next write and fsync."""
+    while (rows := run.unwritten.get()) is not None:
+        while not run.unwritten.empty() and run.unwritten.queue[0] is not None:
+            rows += run.unwritten.get()
+        try:
+            run.journal.write(rows)
+        except OSError as e:
+            loop.call_soon_threadsafe(run.stop, f"{run.journal.path} cannot be written ({e.strerror}), so nothing more is asked: make "
+                                                "room and start the same command again")

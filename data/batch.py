@@ -12,7 +12,7 @@ import uuid
 
 import evaluate
 import tasks
-from data.api import BadReply, Failed, Run, Stopped, attempt, dollars, fail, most_tokens, read_reply, record, words
+from data.api import BadReply, Failed, Run, Stopped, attempt, dollars, fail, most_tokens, read_reply, words
 from data.teacher import (API_FAMILIES, ENDPOINTS, Plan, all_units, default_rules, fill, make_rows, next_requests, publish, summarise,
                           with_settings)
 from tasks import UserError
@@ -200,10 +200,8 @@ async def take_in(run, notes, number, intent, batch):
             rows += make_rows(keys, request["sample_index"], request["step"], *reply, 1, 0)
         except BadReply as e:
             errors.append(words(e))
-            await fail(run, key, request["sample_index"], request["step"], list(keys), Failed(errors[-1]))
-    await record(run, rows)
-    if run.reason:
-        raise Stopped  # the disk is full: not fetched
+            fail(run, key, request["sample_index"], request["step"], list(keys), Failed(errors[-1]))
+    run.journal.append(rows)
     missing = len(wanted) - len(seen)
     notes.append([{"key": f"fetched {number}", "status": batch.status, "answers": len(seen) - len(errors), "failed": len(errors),
                    "missing": missing, "unknown": unknown}])

@@ -197,7 +197,7 @@ async def ask(run, request):
         (choices, usage, model), attempts, unanswered = await attempt(run, send, prompt / 4 + completion, cost)
     except Failed as e:
         run.failed_keys.add(request.key)
-        return await fail(run, request.key, request.sample_index, request.step, list(request.keys), e)
+        return fail(run, request.key, request.sample_index, request.step, list(request.keys), e)
     rows = make_rows(request.keys, request.sample_index, request.step, choices, usage, model, attempts, unanswered)
     paid = dollars(run.args, usage["prompt_tokens"], usage["completion_tokens"]) if usage else cost
     if cost and (unanswered or not usage):
