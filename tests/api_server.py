@@ -72,17 +72,24 @@ class ApiServer:
 
         def serve():
             self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
             self.server = self.loop.run_until_complete(asyncio.start_server(self.connection, "127.0.0.1", 0, backlog=1000))
             self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
             started.set()
             self.loop.run_forever()
+            for task in (tasks := asyncio.all_tasks(self.loop)):
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self.loop.close()
 
-        threading.Thread(target=serve, daemon=True).start()
+        self.thread = threading.Thread(target=serve, daemon=True)
+        self.thread.start()
         started.wait()
         return self
 
     def __exit__(self, *error):
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
 
     def asked(self, path="completions"):
         """The requests whose path ends so."""

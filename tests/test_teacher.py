@@ -4,6 +4,7 @@ import datetime
 import email.utils
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -15,47 +16,9 @@ import pytest
 import evaluate
 import finetune_cot
 import tasks
-from api_server import ApiServer, Reply, completion
-from conftest import ROOT
+from api_server import Reply, completion
+from conftest import KEY, ROOT
 from data import api
-
-KEY = "sk-marked-5b1f"
-
-
-@pytest.fixture
-def server():
-    with ApiServer() as server:
-        yield server
-
-
-@pytest.fixture
-def ask(server, tmp_path, capsys, monkeypatch):
-    """-> function: flags -> (exit message or None, what was printed), of `--stage sample` on 20 toy questions, with short waits."""
-    monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=20, train=14, test=6))
-    monkeypatch.setattr(api, "BACKOFF", 0.01)
-    monkeypatch.setattr(api, "LONGEST_BACKOFF", 0.03)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-    def run(*flags):
-        usual = {"--stage": "sample", "--teacher": "gpt-test", "--teacher_method": "zs_cot_one_step", "--degree": 1, "--temperature": 0,
-                 "--base_url": server.url, "--saved": tmp_path, "--concurrency": 4}
-        flags = [*(x for flag, value in usual.items() if flag not in flags for x in (flag, value)), *flags]
-        try:
-            finetune_cot.main([*map(str, flags)])
-            message = None
-        except SystemExit as e:
-            message = e.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err and KEY not in f"{captured}{message}"
-        run.err = captured.err
-        return message, captured.out
-    run.file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step/D_toy.json"
-    run.journal = run.file.with_suffix(".journal.jsonl")
-    run.failures = run.file.with_suffix(".failures.jsonl")
-    yield run
-    for path in tmp_path.rglob("*"):  # the key is in no file that any of these tests made
-        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
-
 
 def rows(file):
     return evaluate.read_completions(file)[1]
@@ -362,3 +325,190 @@ def test_missing_usage_is_unknown_and_not_0(server, ask, usage):
     assert ask()[0] is None
     metadata = tasks.read_json(ask.file)["metadata"]
     assert metadata["usage"]["usage_unknown"] == 3 and metadata["usage"]["prompt_tokens"] == 170
+
+
+# ---------------------------------------------------------------- money
+
+PRICES = ("--price_in", 1000, "--price_out", 10000)  # the usual reply: 10 and 5 tokens, $0.06
+
+
+def test_a_dry_run_asks_nothing_and_says_what_would_be_asked(server, ask):
+    _, out = ask("--dry_run", "--teacher_method", "zs_cot", "--degree", 3, "--temperature", 0.7, *PRICES)
+    requests, prompt, completions, cost = re.search(r"dry run: toy: ([\d,]+) requests, ([\d,]+) prompt tokens and at most ([\d,]+) completion tokens, at most \$([\d,.]+)", out).groups()
+    assert (requests, completions) == ("120", f"{120 * 128:,}") and not server.log and not ask.file.parent.exists()
+    assert f"{(int(prompt.replace(',', '')) * 1000 + 120 * 128 * 10000) / 1e6:,.2f}" == cost and "4 characters a token" in out
+    ask("--degree", 1)
+    assert "toy: 40 requests" in ask("--dry_run", "--degree", 3, "--temperature", 0)[1]  # what is in the journal costs nothing
+
+
+def test_a_dry_run_counts_with_the_student_s_tokenizer_where_it_is_a_folder(server, ask, model_folder):
+    _, out = ask("--dry_run", "--student", model_folder("gpt2"))
+    length = sum(len(tasks.format_sample("zs_cot_one_step", "chat", s["question"])[0].encode()) for s in tasks.load("toy"))
+    assert f"toy: 20 requests, {length:,} prompt tokens" in out and "counted by the tokenizer of" in out  # one token a byte
+
+
+def test_the_budget_is_never_passed_and_counts_earlier_runs(server, ask):
+    server.delay = 0.01
+    for budget, most in ((8, 20), (10, 20)):
+        message, _ = ask(*PRICES, "--max_cost", budget, "--concurrency", 8)
+        spent = 0.06 * len(server.asked())
+        if message:
+            assert f"--max_cost {budget}.0: $" in message and spent <= budget
+    message, _ = ask(*PRICES, "--max_cost", 1.5)
+    assert message is None or "are spent" in message
+
+
+def test_a_budget_that_has_no_room_for_the_first_request_asks_nothing(server, ask):
+    message, _ = ask(*PRICES, "--max_cost", 1)  # 128 completion tokens may cost $1.28
+    assert "the next request may cost $1." in message and not server.log
+
+
+def test_an_unanswered_attempt_counts_against_the_budget_in_later_runs_too(server, ask):
+    first_time(server, Reply(delay=1), of=1)
+    ask("--attempt_timeout", 0.2, "--concurrency", 1, *PRICES, "--max_cost", 3)
+    possible = [row["possible_cost"] for row in tasks.read_jsonl(ask.journal) if row.get("possible_cost")]
+    assert len(possible) == 1 and 1.28 < possible[0] < 2
+    asked = len(server.asked())
+    message, _ = ask(*PRICES, "--max_cost", possible[0] + 1.3)
+    assert "are spent, or may have been" in message and len(server.asked()) == asked
+
+
+# ---------------------------------------------------------------- kills, locks, full disks
+
+def start(server, saved, *flags, **options):
+    """The command line as a process of its own, on toy questions."""
+    command = [sys.executable, "finetune_cot.py", "--stage", "sample", "--task", "toy", "--teacher", "gpt-test", "--teacher_part", "train", "--base_url", server.url,
+               "--saved", saved, "--temperature", "0.7", *flags]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env={**os.environ, "OPENAI_API_KEY": KEY}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def kill_again_and_again(server, tmp_path, flags, times):
+    """Run to the end in spite of kills; -> (requests asked again, those that were under way at a kill)."""
+    server.delay, under_way = 0.02, 0
+    for i in range(times):
+        process = start(server, tmp_path, *flags)
+        before, wanted = len(server.log), random.Random(i).randint(1, 40)
+        while process.poll() is None and len(server.log) < before + wanted:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        under_way += server.open_now
+    process = start(server, tmp_path, *flags)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and KEY not in out, out
+    return sum(n - 1 for n in keys_asked(server).values()), under_way
+
+
+def same_dataset(server, tmp_path, flags):
+    process = start(server, tmp_path / "whole", *flags)
+    process.communicate(timeout=120)
+    files = [tmp_path / side / "completion_data/B_gpt-test__C_zs_cot_t70/D_toy.json" for side in ("killed", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    return rows(files[0])
+
+
+def test_a_kill_loses_nothing_but_what_was_under_way(server, tmp_path):
+    flags = ("--split", "few_shot_24", "--teacher_method", "zs_cot", "--degree", 2, "--concurrency", 4)
+    again, under_way = kill_again_and_again(server, tmp_path / "killed", flags, 3)
+    assert again <= 3 * 4 * 2  # a worker has a request under way and a reply being written, at most
+    assert len(same_dataset(server, tmp_path, flags)) == 48
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing_but_what_was_under_way(server, tmp_path):
+    flags = ("--split", "few_shot_63", "--teacher_method", "zs_cot", "--degree", 4, "--concurrency", 8)
+    again, under_way = kill_again_and_again(server, tmp_path / "killed", flags, 20)
+    print(f"{len(keys_asked(server))} keys, {len(server.asked())} requests, {again} asked again, {under_way} seen under way at the kills")
+    assert again <= 20 * 8 * 2 and len(keys_asked(server)) == 63 * 4 * 2
+    assert len(same_dataset(server, tmp_path, flags)) == 63 * 4
+
+
+def test_a_torn_last_line_is_asked_again_and_a_bad_line_elsewhere_is_refused(server, ask):
+    ask()
+    whole, lines = ask.file.read_bytes(), ask.journal.read_bytes().splitlines(keepends=True)
+    ask.file.unlink()
+    ask.journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])
+    asked = len(server.asked())
+    assert ask()[0] is None and len(server.asked()) == asked + 1 and ask.file.read_bytes() == whole
+    ask.file.unlink()
+    ask.journal.write_bytes(lines[0][:-9] + b"\n" + b"".join(lines[1:]))
+    assert re.search(r"D_toy.journal.jsonl, line 1 is not valid JSON", ask()[0]) and len(server.asked()) == asked + 1
+
+
+def test_a_second_process_on_the_same_output_is_refused(server, tmp_path, ask):
+    server.delay = 0.3
+    process = start(server, tmp_path, "--split", "few_shot_8", "--teacher_method", "zs_cot_one_step", "--concurrency", 1)
+    while not server.log:
+        time.sleep(0.01)
+    message, _ = ask("--temperature", 0.7)
+    assert "is being written by another run: wait for it or stop it" in message
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and KEY not in out, out
+
+
+def test_ctrl_c_waits_for_what_is_under_way_and_keeps_it(server, tmp_path):
+    server.delay = 0.4
+    process = start(server, tmp_path, "--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
+    while len(server.log) < 6:
+        time.sleep(0.01)
+    with open(f"/proc/{process.pid}/cmdline") as f:
+        assert KEY not in f.read()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    [journal] = tmp_path.rglob("*.journal.jsonl")
+    assert process.returncode == 1 and "interrupted: what is finished is kept" in out and "Traceback" not in out
+    assert len(tasks.read_jsonl(journal)) == len(server.log) == 8 and KEY.encode() not in journal.read_bytes()
+
+
+def test_a_full_disk_stops_the_run_and_spends_no_more(server, tmp_path):
+    import resource
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # some ten rows
+    process = start(server, tmp_path, "--split", "few_shot_128", "--teacher_method", "zs_cot_one_step", "--concurrency", 2, preexec_fn=limit)
+    out, _ = process.communicate(timeout=60)
+    [journal] = tmp_path.rglob("*.journal.jsonl")
+    kept = tasks.read_jsonl(journal)  # whole lines only
+    assert process.returncode == 1 and "cannot be written (File too large), so nothing more is asked: make room" in out and "Traceback" not in out, out
+    assert 5 < len(kept) and len(server.log) <= len(kept) + 6
+
+
+# ---------------------------------------------------------------- the key, and flags
+
+def test_the_key_is_asked_for_nowhere_but_in_the_environment():
+    assert not any("key" in action.dest and action.dest != "train_key" for action in flags_of())
+
+
+def flags_of():
+    import argparse
+    parser = argparse.ArgumentParser()
+    from data import teacher
+    teacher.add_flags(parser)
+    return parser._actions
+
+
+@pytest.mark.parametrize("url, warns", [("http://127.0.0.1:9/v1", False), ("http://localhost:9/v1", False), ("https://example.org/v1", False), ("http://example.org/v1", True)])
+def test_plain_http_to_another_machine_warns(url, warns, capsys):
+    from data import teacher
+    teacher.check(finetune_cot.parse_args(["--base_url", url]))
+    assert ("unencrypted" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (("--base_url", "ftp://x"), "must begin with http"), (("--base_url", "http://me:secret@127.0.0.1/v1"), "must hold no name and no password"),
+    (("--concurrency", 0), "--concurrency 0 must be above 0"), (("--price_in", 1), "prices come in pairs"), (("--max_cost", 1), "--max_cost needs them"),
+    (("--dry_run", "--batch", "fetch"), "one at a time"), (("--dry_run", "--stage", "all"), "go with --stage sample"), (("--teacher", "toy", "--dry_run"), "behind an API"),
+    (("--degree", 2), "would buy 2 identical rationales"), (("--requests_per_minute", "nan"), "--requests_per_minute nan must be"), (("--task", "all"), "there is no task 'all'")])
+def test_flags_that_cannot_work_are_refused_before_anything_is_asked(server, ask, flags, sentence):
+    message, _ = ask(*flags)
+    assert message.startswith("error: ") and sentence in message and not server.log
+
+
+def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(server, ask, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9\u2026")
+    message, _ = ask()
+    assert "OPENAI_API_KEY holds characters" in message and "\u00e9" not in message
+
+
+def test_what_was_sampled_through_an_api_is_curated_and_trains(server, ask, tmp_path):
+    ask("--teacher_method", "zs_cot")
+    message, out = ask("--teacher_method", "zs_cot", "--stage", "all", "--method", "ft_cot", "--student", "toy", "--epochs", 1, "--max_new_tokens", 4)
+    assert message is None and re.search(r"curate: kept \d+ of 14 rationales", out) and "ft_cot (rationales)" in out
