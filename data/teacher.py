@@ -9,6 +9,8 @@ journal when all is there.  The API key comes from OPENAI_API_KEY alone.  (saved
 data/batch.py asks through the Batch API instead, over the same journal, and has OpenAI-style students fine-tuned.
 """
 import asyncio
+import functools
+import hashlib
 import json
 import sys
 import time
@@ -114,24 +116,37 @@ def stop_strings(plan):
     return ["\nQ:"] if plan.template == "fs_cot" else [" END"] if plan.family == "openai" and plan.template.startswith("ft") else []
 
 
-def request_body(plan, prompt, reasoning=None):
-    """-> the body for one choice: step 1 is the prompt, step 2 goes on after the reasoning that answered it (paper §3.1)."""
-    temperature = plan.temperature if reasoning is None or plan.temperature is None else 0.0  # the answer is read off greedily
+@functools.lru_cache
+def parameters(plan, step):
+    """-> (what every request of a step sends besides its text, the same as JSON)."""
+    temperature = plan.temperature if step == 1 or plan.temperature is None else 0.0  # the answer is read off greedily
     limit = "max_completion_tokens" if plan.api == "chat" and not plan.legacy_max_tokens else "max_tokens"
-    body = {"model": plan.model, limit: plan.max_new_tokens} | ({"temperature": temperature} if temperature is not None else {})
+    fixed = {"model": plan.model, limit: plan.max_new_tokens} | ({"temperature": temperature} if temperature is not None else {})
+    fixed |= {"stop": stop_strings(plan)} if plan.api == "completions" and stop_strings(plan) and step == 1 else {}
+    return fixed, json.dumps([plan.api, fixed], sort_keys=True)
+
+
+def conversation(plan, prompt, reasoning):
+    """-> the texts of step 2 (paper §3.1): it goes on after the reasoning that answered step 1.  Chat models take it in turns."""
+    return [prompt, reasoning, tasks.COT_ANSWER.strip()] if plan.api == "chat" else [prompt + reasoning + tasks.COT_ANSWER]
+
+
+def request_body(plan, step, texts):
+    """-> the body of a request for one choice."""
     if plan.api == "completions":
-        stop = {"stop": stop_strings(plan)} if stop_strings(plan) and reasoning is None else {}
-        return {**body, "prompt": prompt if reasoning is None else prompt + reasoning + tasks.COT_ANSWER, **stop}
-    turns = [prompt] if reasoning is None else [prompt, reasoning, tasks.COT_ANSWER.strip()]
-    return {**body, "messages": [{"role": role, "content": turn} for role, turn in zip(("user", "assistant", "user"), turns)]}
+        return {**parameters(plan, step)[0], "prompt": texts[0]}
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts)]
+    return {**parameters(plan, step)[0], "messages": messages}
 
 
 def prompt_of(plan, sample):
     return tasks.format_sample(plan.template, plan.family, sample["question"], examples=plan.examples)[0]
 
 
-def key_of(body, sample, k, step):
-    return tasks.fingerprint([body, sample["sample_index"], k, step])
+def key_of(plan, step, texts, sample_index, k):
+    """-> what names a completion: 20 hex digits of all that is asked, for which sample, its number and its step."""
+    asked = "\0".join([parameters(plan, step)[1], *texts, f"{sample_index} {k} {step}"])
+    return hashlib.sha256(asked.encode()).hexdigest()[:20]
 
 
 def goes_on(row):
@@ -140,14 +155,13 @@ def goes_on(row):
 
 
 def steps_of(plan, rows, sample, k):
-    """-> [(key, body)] of completion k of a sample: step 1 and, once the journal's rows {key: row} hold its rationale, step 2."""
-    prompt = prompt_of(plan, sample)
-    body = request_body(plan, prompt)
-    steps = [(key_of(body, sample, k, 1), body)]
+    """-> [(key, texts)] of completion k of a sample: step 1 and, once the journal's rows {key: row} hold its rationale, step 2."""
+    index, texts = sample["sample_index"], [prompt_of(plan, sample)]
+    steps = [(key_of(plan, 1, texts, index, k), texts)]
     first = rows.get(steps[0][0])
     if plan.template == "zs_cot" and first and goes_on(first):
-        body = request_body(plan, prompt, first["completion"])
-        steps.append((key_of(body, sample, k, 2), body))
+        texts = conversation(plan, texts[0], first["completion"])
+        steps.append((key_of(plan, 2, texts, index, k), texts))
     return steps
 
 
@@ -156,9 +170,10 @@ def next_requests(plan, rows, sample, ks):
     index, steps = sample["sample_index"], {k: steps_of(plan, rows, sample, k) for k in ks}
     missing = {k: first[0] for k, [first, *_] in steps.items() if first[0] not in rows}
     if missing:
-        body = next(iter(steps.values()))[0][1]
-        return [Request(index, 1, missing, body | ({"n": len(missing)} if len(missing) > 1 else {}))]
-    return [Request(index, 2, {k: key}, body) for k, [_, *second] in steps.items() for key, body in second if key not in rows]
+        body = request_body(plan, 1, [prompt_of(plan, sample)]) | ({"n": len(missing)} if len(missing) > 1 else {})
+        return [Request(index, 1, missing, body)]
+    return [Request(index, 2, {k: key}, request_body(plan, 2, texts)) for k, [_, *second] in steps.items()
+            for key, texts in second if key not in rows]
 
 
 def all_units(plan, samples):
