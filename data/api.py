@@ -54,7 +54,7 @@ class BadReply(Exception):
 
 class Failed(Exception):
     """A request that the server refused, or that is given up; the run goes on."""
-    refused, possible_cost = False, 0.0
+    refused = False
 
 
 class Stopped(Exception):
@@ -265,7 +265,9 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
         except (openai.APIConnectionError, TimeoutError) as e:
             failure = "no reply in time" if isinstance(e, TimeoutError) else words(e.__cause__ or e)
             tried, unanswered = tried + 1, unanswered + 1
-            run.spent += cost
+            if cost:  # it may have been billed: written down at once, for later runs
+                run.spent += cost
+                run.failures.append([{"key": f"unanswered {len(run.failures.rows)}", "error": failure, "possible_cost": cost}])
         except BadReply as e:
             failure, tried = words(e), tried + 1
         finally:
@@ -273,9 +275,7 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
         if run.reason:
             raise Stopped
         if tried >= run.args.max_attempts or turned_away >= MOST_429:
-            error = Failed(f"given up after {tried + turned_away} attempts: {failure}")
-            error.possible_cost = unanswered * cost
-            raise error
+            raise Failed(f"given up after {tried + turned_away} attempts: {failure}")
         await run.nap(random.uniform(0, min(LONGEST_BACKOFF, BACKOFF * 2 ** tried)) if tried else 0)
 
 
@@ -283,9 +283,8 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
 
 def fail(run, key, sample_index, step, ks, error):
     """Add a failure to the failures file: what was asked, and why there is no answer."""
-    row = {"key": f"{key} {len(run.failures.rows)}", "sample_index": sample_index, "completion_index": ks, "step": step,
-           "error": str(error)}
-    run.failures.append([row | ({"possible_cost": error.possible_cost} if error.possible_cost else {})])
+    run.failures.append([{"key": f"{key} {len(run.failures.rows)}", "sample_index": sample_index, "completion_index": ks, "step": step,
+                          "error": str(error)}])
 
 
 async def record(run, rows):

@@ -215,8 +215,8 @@ async def ask(run, request):
         return fail(run, request.key, request.sample_index, request.step, list(request.keys), e)
     rows = make_rows(request.keys, request.sample_index, request.step, choices, usage, model, attempts, unanswered)
     paid = dollars(run.args, usage["prompt_tokens"], usage["completion_tokens"]) if usage else cost
-    if cost and (unanswered or not usage):
-        rows[0]["possible_cost"] = unanswered * cost + (0 if usage else cost)
+    if cost and not usage:
+        rows[0]["possible_cost"] = cost
     run.requests, run.spent = run.requests + 1, run.spent + paid
     for k, count in (usage or {"usage_unknown": 1}).items():
         run.tokens[k] += count

@@ -116,7 +116,7 @@ class ApiServer:
                         return
                 finally:
                     self.open_now -= 1
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

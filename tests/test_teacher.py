@@ -166,14 +166,19 @@ def test_after_a_429_no_worker_asks_before_the_server_allows_it(server, ask, hea
 
 def test_a_wait_that_is_too_long_stops_the_run_with_the_server_s_words(server, ask):
     first_time(server, Reply(429, {"error": {"message": "come back tomorrow"}}, {"retry-after": "60000"}))
-    message, _ = ask()
-    assert "the server asks to wait 60000 s" in message and "come back tomorrow" in message and len(server.asked()) <= 4
+    message, _ = ask("--concurrency", 1)
+    assert "the server asks to wait 60000 s" in message and "come back tomorrow" in message and len(server.asked()) == 1
 
 
 def test_ten_minutes_are_waited_for(ask, server, monkeypatch):
-    monkeypatch.setattr(api.Run, "pause", lambda run, asked, why, pause=api.Run.pause: (pause(run, asked, why), setattr(run, "seen", run.not_before),
-                                                                                      setattr(run, "not_before", 0), seen.append(asked)))
-    seen = []
+    seen, pause = [], api.Run.pause
+
+    def short_pause(run, asked, why):
+        pause(run, asked, why)
+        seen.append(asked)
+        assert run.not_before > time.monotonic() + 590
+        run.not_before = 0
+    monkeypatch.setattr(api.Run, "pause", short_pause)
     first_time(server, Reply(429, {}, {"retry-after": "600"}))
     assert ask()[0] is None and seen == [600]
 
@@ -281,6 +286,7 @@ def test_slow_replies_are_cut_by_the_wall_clock_and_counted_as_possibly_billed(s
     assert len(tasks.read_jsonl(ask.journal)) == 20 and tasks.read_json(ask.file)["metadata"]["usage"]["unanswered"] == 2
 
 
+@pytest.mark.slow
 def test_one_request_that_always_fails_does_not_sink_the_other_999(server, ask, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=1000, train=700, test=300))
     question = tasks.load("toy")[333]["question"]
@@ -348,14 +354,12 @@ def test_a_dry_run_counts_with_the_student_s_tokenizer_where_it_is_a_folder(serv
 
 
 def test_the_budget_is_never_passed_and_counts_earlier_runs(server, ask):
-    server.delay = 0.01
-    for budget, most in ((8, 20), (10, 20)):
-        message, _ = ask(*PRICES, "--max_cost", budget, "--concurrency", 8)
-        spent = 0.06 * len(server.asked())
-        if message:
-            assert f"--max_cost {budget}.0: $" in message and spent <= budget
-    message, _ = ask(*PRICES, "--max_cost", 1.5)
-    assert message is None or "are spent" in message
+    server.answer = lambda request: Reply(body=completion(request, usage={"prompt_tokens": 200, "completion_tokens": 128}), delay=0.01)  # the most: $1.48
+    message, _ = ask(*PRICES, "--max_cost", 8, "--concurrency", 8)
+    assert "--max_cost 8.0: $7.4000 are spent" in message and len(server.asked()) == 5
+    message, _ = ask(*PRICES, "--max_cost", 8)
+    assert "are spent" in message and len(server.asked()) == 5
+    assert ask(*PRICES, "--max_cost", 12)[0] and len(server.asked()) == 8
 
 
 def test_a_budget_that_has_no_room_for_the_first_request_asks_nothing(server, ask):
@@ -365,8 +369,8 @@ def test_a_budget_that_has_no_room_for_the_first_request_asks_nothing(server, as
 
 def test_an_unanswered_attempt_counts_against_the_budget_in_later_runs_too(server, ask):
     first_time(server, Reply(delay=1), of=1)
-    ask("--attempt_timeout", 0.2, "--concurrency", 1, *PRICES, "--max_cost", 3)
-    possible = [row["possible_cost"] for row in tasks.read_jsonl(ask.journal) if row.get("possible_cost")]
+    ask("--attempt_timeout", 0.5, "--concurrency", 1, *PRICES, "--max_cost", 2)
+    possible = [row["possible_cost"] for row in tasks.read_jsonl(ask.failures)]
     assert len(possible) == 1 and 1.28 < possible[0] < 2
     asked = len(server.asked())
     message, _ = ask(*PRICES, "--max_cost", possible[0] + 1.3)
@@ -383,20 +387,21 @@ def start(server, saved, *flags, **options):
 
 
 def kill_again_and_again(server, tmp_path, flags, times):
-    """Run to the end in spite of kills; -> (requests asked again, those that were under way at a kill)."""
-    server.delay, under_way = 0.02, 0
+    """Run to the end in spite of kills, none of which makes a key in the journal be asked for again; -> requests asked again."""
+    server.delay, journaled = 0.02, set()
     for i in range(times):
-        process = start(server, tmp_path, *flags)
         before, wanted = len(server.log), random.Random(i).randint(1, 40)
+        process = start(server, tmp_path, *flags)
         while process.poll() is None and len(server.log) < before + wanted:
             time.sleep(0.001)
         process.kill()
         process.wait()
-        under_way += server.open_now
+        assert not journaled & {request.key for request in server.log[before:]}
+        journaled = {json.loads(line)["key"] for file in tmp_path.rglob("*.journal.jsonl") for line in file.read_text().split("\n") if line.endswith("}")}
     process = start(server, tmp_path, *flags)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and KEY not in out, out
-    return sum(n - 1 for n in keys_asked(server).values()), under_way
+    return sum(n - 1 for n in keys_asked(server).values())
 
 
 def same_dataset(server, tmp_path, flags):
@@ -408,17 +413,17 @@ def same_dataset(server, tmp_path, flags):
 
 
 def test_a_kill_loses_nothing_but_what_was_under_way(server, tmp_path):
-    flags = ("--split", "few_shot_24", "--teacher_method", "zs_cot", "--degree", 2, "--concurrency", 4)
-    again, under_way = kill_again_and_again(server, tmp_path / "killed", flags, 3)
-    assert again <= 3 * 4 * 2  # a worker has a request under way and a reply being written, at most
-    assert len(same_dataset(server, tmp_path, flags)) == 48
+    flags = ("--split", "few_shot_12", "--teacher_method", "zs_cot", "--degree", 2, "--concurrency", 4)
+    again = kill_again_and_again(server, tmp_path / "killed", flags, 2)
+    assert 0 < again <= 2 * 4 * 2  # a worker has a request under way and a reply being written, at most
+    assert len(same_dataset(server, tmp_path, flags)) == 24
 
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing_but_what_was_under_way(server, tmp_path):
     flags = ("--split", "few_shot_63", "--teacher_method", "zs_cot", "--degree", 4, "--concurrency", 8)
-    again, under_way = kill_again_and_again(server, tmp_path / "killed", flags, 20)
-    print(f"{len(keys_asked(server))} keys, {len(server.asked())} requests, {again} asked again, {under_way} seen under way at the kills")
+    again = kill_again_and_again(server, tmp_path / "killed", flags, 20)
+    print(f"{len(keys_asked(server))} keys, {len(server.asked())} requests, {again} asked again: they were under way at one of 20 kills")
     assert again <= 20 * 8 * 2 and len(keys_asked(server)) == 63 * 4 * 2
     assert len(same_dataset(server, tmp_path, flags)) == 63 * 4
 
