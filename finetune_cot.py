@@ -19,8 +19,9 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from data import files
-from data.files import UserError
+from data import batch, files, teacher
+from data.files import (UserError, base_model, completion_path, finetune_key, finetune_path, student_path, teacher_key,
+                        train_key)
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
@@ -30,58 +31,10 @@ DEFAULTS = {  # flags whose default depends on the task
     "toy": {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7, "epochs": 5, "batch_size": 16, "lr": 1e-3}}
 
 
-# ---------------- Names of files (saved/README.md)
-
-def teacher_key(args):
-    """zs_cot at temperature 0, zs_cot_t70 at 0.7"""
-    return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "")
-
-
-def run_suffix(args, method="ft_cot"):
-    """What distinguishes two curated sets or students of one task besides the method: degree, split and validation share."""
-    parts = ((f"{args.degree}aug", args.degree > 1 and method != "ft"), (args.split, args.split != "default"),
-             (f"v{args.validation:g}", args.validation))
-    return "".join(f"_{part}" for part, is_there in parts if is_there)
-
-
-def finetune_key(args, method):
-    if method == "ft":
-        return f"ft_{args.task}{run_suffix(args, method)}"
-    return f"{teacher_key(args)}_{args.task}{run_suffix(args)}"
-
-
-def train_key(args, method):
-    if args.train_key:
-        return files.safe_key(args.train_key)
-    style = "" if args.label_style == "token" else f"_{args.label_style}"
-    return files.safe_key(method + style + run_suffix(args, method) + (f"_s{args.seed}" if args.seed else ""))
-
-
-def base_model(name):
-    """What a model is called in file names: a folder by its last part, a hub name with its owner and without the slash."""
-    return files.safe_key(Path(name).resolve().name if Path(name).is_dir() else "toy_student" if name == "toy" else name)
-
-
-def completion_path(saved, model, key, task, *parts):
-    folder = Path(saved) / "completion_data" / f"B_{files.safe_key(model)}__C_{files.safe_key(key)}"
-    return folder / f"{'__'.join([f'D_{task}', *parts])}.json"
-
-
-def finetune_path(args, method, family):
-    suffix = "jsonl" if family == "openai" else "json"
-    return Path(args.saved) / "finetune_data" / f"P_{family}" / f"F_{files.safe_key(finetune_key(args, method))}.{suffix}"
-
-
-def student_path(args, method):
-    if args.out:
-        return Path(args.out)
-    return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
-
-
 # ---------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
 
 def teacher_complete(args):
-    """-> complete(prompts, n, temperature, max_new_tokens, stop) of the teacher that --teacher names."""
+    """-> complete(prompts, n, temperature, max_new_tokens, stop) of the toy or the local model that --teacher names."""
     if args.teacher == "toy":
         from data.toy import toy_teacher
         return functools.partial(toy_teacher, seed=args.seed)
@@ -119,15 +72,16 @@ def write_completions(path, metadata, data):
     evaluate.remove_journals(path)
 
 
+def teacher_metadata(args):
+    return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
+            "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
+
+
 def sample(args):
     """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published."""
     path = teacher_file(args)
-    if args.teacher != "toy" and not args.teacher.startswith("hf:"):
-        if not path.exists():
-            raise UserError(f"there are no completions of {args.teacher} for {args.task} at {path}, and only toy and hf:NAME can be "
-                            "sampled: put the teacher's completion file there (saved/README.md has the format)")
-        print_once(args, f"sample: using the completions of {args.teacher} at {path}")
-        return path
+    if teacher.is_elsewhere(args):
+        return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
                 "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": files.fingerprint(samples)}
@@ -139,10 +93,8 @@ def sample(args):
     examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
     data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
                                      args.temperature, args.teacher_max_new_tokens, examples)
-    metadata = {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
-                "train_key": None, "epoch": None, "prediction_template": args.teacher_method, "settings": settings}
     if args.ranks.is_master:
-        write_completions(path, metadata, data)
+        write_completions(path, teacher_metadata(args) | {"settings": settings}, data)
         print(f"sample: {len(samples)} questions x {args.degree} rationales -> {path}")
     return path
 
@@ -150,9 +102,9 @@ def sample(args):
 # ---------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3.2)
 
 def family_of(args):
-    """What the student reads: decoder, encoder_decoder or openai files.  From its config, or, of a hub name, by the name."""
-    if args.label_style == "gpt3":
-        return "openai"
+    """What the student reads: decoder, encoder_decoder, openai or chat files.  From its config, or, of a hub name, by the name."""
+    if args.label_style in teacher.API_FAMILIES:
+        return teacher.API_FAMILIES[args.label_style]
     if args.family:
         return args.family
     config = Path(args.student) / "config.json"
@@ -162,11 +114,11 @@ def family_of(args):
 
 
 def label_template(args, method):
-    return f"{method}_{'token' if args.label_style == 'gpt3' else args.label_style}"
+    return f"{method}_{'token' if args.label_style in teacher.API_FAMILIES else args.label_style}"
 
 
 def rationale_of(row):
-    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before Few-shot-CoT's answer sentence."""
+    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before the sentence that states the answer."""
     if "reasoning_completion" in row:
         return row["reasoning_completion"] or ""
     return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
@@ -181,11 +133,12 @@ def correct_rationales(args, path, train):
     if len(rows) < len(train) * args.degree:
         print(f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}")
     template = metadata.get("prediction_template")
-    right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], args.rules).correct]
-    kept = [row for row in right if rationale_of(row).strip()]
+    rules = teacher.rules_of(args, metadata)
+    right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], rules).correct]
+    kept = [row for row in right if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
     if not kept:
         raise UserError(f"no correct rationale is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples "
-                        f"in {path}, {len(right)} are right by the {args.rules} rules and 0 of those explain anything; "
+                        f"in {path}, {len(right)} are right by the {rules} rules and 0 of those explain anything; "
                         "try --rules flexible, another --teacher or a larger --degree")
     return kept, rows
 
@@ -199,7 +152,9 @@ def curation(args, method):
                         "run --stage sample, or put the teacher's file there")
     source = files.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else files.file_sha256(completions)
     settings = {"source": source, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
-    settings |= {"teacher": args.teacher, "degree": args.degree, "rules": args.rules} if method == "ft_cot" else {}
+    if method == "ft_cot":
+        rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
+        settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules}
     return finetune_path(args, method, family), settings, train
 
 
@@ -223,8 +178,8 @@ def curate(args, method, write=True):
     rationales = [rationale_of(row) if method == "ft_cot" else "" for row in kept]
     template, family = settings["template"], settings["family"]
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
-    if family == "openai":  # byte for byte the published files: no newline at the end
-        text = "\n".join(json.dumps({"prompt": prompt, "completion": label}) for prompt, label in pairs)
+    if family in teacher.API_FAMILIES.values():
+        text = batch.job_file(family, pairs)
     else:
         inputs, labels = zip(*pairs)
         text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
@@ -258,7 +213,8 @@ def train(args, method, data_file):
     data = files.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
     settings = {"student": files.model_fingerprint(source), "finetune_data": files.file_sha256(data_file)}
-    settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length")}
+    settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length", "schedule",
+                                                "warmup", "max_grad_norm")}
     if Path(source).resolve() == out.resolve():
         raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
     state = on_master(args, lambda: files.claim_student_folder(out, settings))
@@ -280,6 +236,15 @@ def train(args, method, data_file):
 
 
 # ---------------- 4. Evaluate on the test questions (paper §4)
+
+def api_student(args, method):
+    """-> of a student behind an API: the file its job's ids are kept in, its completion file, and what that says it is."""
+    key, run_key = (finetune_key(args, method), train_key(args, method)) if method in FINE_TUNED else (None, None)
+    who = {"base_model": base_model(args.student), "completion_key": method, "finetune_key": key, "train_key": run_key}
+    note = Path(args.saved) / "model_metadata" / f"B_{who['base_model']}" / f"F_{key}__T_{run_key}.json"
+    part = f"T_{run_key}" if run_key else f"S_{args.split}"
+    return note, completion_path(args.saved, who["base_model"], method, args.task, part), who
+
 
 def test_file(args, method, epoch):
     """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
@@ -354,12 +319,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
     what.add_argument("--task", default="toy", help=f"one of {', '.join(tasks.TASKS)} (default toy)")
-    what.add_argument("--teacher", help="toy; a name whose completions lie in --saved (default text-davinci-002, the paper's); "
-                      "or hf:NAME, a local model")
+    what.add_argument("--teacher", help="toy; hf:NAME, a local model; or a model behind an API, or whose completions lie in "
+                      "--saved (default text-davinci-002, the paper's)")
     what.add_argument("--student", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
     what.add_argument("--method", nargs="+", choices=[*PROMPTED, *FINE_TUNED], default=list(FINE_TUNED), help="default: ft ft_cot")
-    what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all",
-                      help="run this stage alone (default all)")
+    what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all", help="one stage (default all)")
     what.add_argument("--split", default="default", help="default, template, few_shot_8, few_shot_32, few_shot_128 (default: default)")
     what.add_argument("--seed", type=int, default=0, help="of sample order, dropout, the toy's teacher and student (default 0)")
     where = parser.add_argument_group("where")
@@ -368,17 +332,11 @@ def parse_args(argv=None):
     where.add_argument("--finetune_data", help="with --stage train: a fine-tuning file of your own")
     where.add_argument("--out", help="folder of the student (default under --saved; for one --method)")
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
-    teaching = parser.add_argument_group("teaching (paper §3.1-3.2)")
-    teaching.add_argument("--teacher_method", choices=["zs_cot", "fs_cot"], default="zs_cot",
-                          help="how the teacher is prompted (default zs_cot)")
-    teaching.add_argument("--degree", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
-    teaching.add_argument("--temperature", type=float, help="of the teacher (default 0; toy 0.7; paper 0, and 0.7 where D > 1)")
-    teaching.add_argument("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, the paper's)")
-    teaching.add_argument("--rules", choices=["paper", "flexible"], default="paper",
-                          help="answer cleansing that decides what is kept (default paper)")
-    teaching.add_argument("--label_style", choices=["token", "natural", "gpt3"], default="token",
-                          help="of fine-tuning files (default token: '{question} ###' -> ' {rationale} --> {answer}'; "
-                          "gpt3: the paper's files for the API)")
+    teacher.add_flags(parser)
+    curating = parser.add_argument_group("curation (paper §3.2)")
+    curating.add_argument("--rules", choices=["paper", "flexible"], help="what counts as right (default paper; of chat models, flexible)")
+    curating.add_argument("--label_style", choices=["token", "natural", *teacher.API_FAMILIES], default="token",
+                          help="of labels (default token: '{question} ###' -> ' {rationale} --> {answer}'; gpt3, chat: for an API)")
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
@@ -423,7 +381,9 @@ def parse_args(argv=None):
 
 def check(args):
     """Refuse what cannot work before anything is computed.  Raises UserError."""
-    tasks.find_task(args.task)
+    teacher.check(args)
+    if not (args.dry_run and args.task == "all"):
+        tasks.find_task(args.task)
     for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
         base_model(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
@@ -440,9 +400,7 @@ def check(args):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
     if (args.out or args.train_key) and len(args.method) > 1 and not args.finetune_data:
         raise UserError("--out and --train_key are of one student: name one --method")
-    if args.label_style == "gpt3" and args.stage not in ("sample", "curate"):
-        raise UserError("--label_style gpt3 makes files for the API, not for a student here: use it with --stage curate")
-    if args.degree > 1 and not args.temperature and (args.teacher == "toy" or args.teacher.startswith("hf:")):
+    if args.degree > 1 and not args.temperature and not teacher.is_elsewhere(args):
         raise UserError(f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7")
 
 
@@ -453,6 +411,8 @@ def run(args):
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
         sample(args)
+    if args.stage == "curate" and "ft_cot" in fine_tuned and teacher.is_elsewhere(args):
+        teacher.publish_partial(args, teacher_file(args), teacher_metadata(args))
     if "curate" in stages:
         for method in fine_tuned:
             on_master(args, lambda: curate(args, method))
@@ -462,8 +422,13 @@ def run(args):
             data_file = args.finetune_data or finetune_path(args, method, family_of(args))
             if args.stage == "train" and not args.finetune_data:
                 on_master(args, lambda: curate(args, method, write=False))
-            train(args, method, Path(data_file))
-        if "evaluate" in stages:
+            if args.label_style in teacher.API_FAMILIES:
+                batch.fine_tune(args, Path(data_file), api_student(args, method)[0])
+            else:
+                train(args, method, Path(data_file))
+        if "evaluate" in stages and args.label_style in teacher.API_FAMILIES:
+            results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *api_student(args, method)))
+        elif "evaluate" in stages:
             results.append(test_finished(args, method, student_path(args, method)))
     if results and args.ranks.is_master:
         evaluate.report(results, args.student, args.seed, args.saved)
@@ -474,7 +439,8 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         check(args)
-        if args.stage in ("sample", "curate") and not args.teacher.startswith("hf:"):
+        on_api = args.label_style in teacher.API_FAMILIES
+        if (args.stage in ("sample", "curate") or on_api) and not (args.teacher.startswith("hf:") and args.stage in ("all", "sample")):
             args.ranks = argparse.Namespace(world_size=1, is_master=True)  # no model, so no torch
             if os.environ.get("RANK", "0") != "0":
                 return  # under torchrun: one process is enough

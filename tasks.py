@@ -185,7 +185,7 @@ class Verdict(NamedTuple):
 
 # prediction_template -> what stands before the answer (None: the answer comes at once)
 PREFIXES = {None: None, "zs": None, "zs_cot": None, "ft_token": None, "ft_natural": None, "fs_cot": "The answer is",
-            "ft_cot_token": "-->", "ft_cot_natural": "Therefore, the answer is"}
+            "zs_cot_one_step": "The answer is", "ft_cot_token": "-->", "ft_cot_natural": "Therefore, the answer is"}
 
 
 def paper_prediction(rules, prefix, text):
@@ -235,22 +235,25 @@ def judge(task, template, completion, answer, rules="paper"):
 
 
 # ---------------- Prompt and label templates (paper §3 and the published code)
-# A family is what a model reads: decoder, encoder_decoder, or openai (the published GPT-3 fine-tuning files).  Labels of
-# open models end with EOS, added when they are tokenized.
+# A family is what a model reads: decoder, encoder_decoder, openai (the published GPT-3 fine-tuning files), or chat (a user's
+# turn and the assistant's).  Labels of open models end with EOS, added when they are tokenized.
 
-FAMILIES = ("decoder", "encoder_decoder", "openai")
+FAMILIES = ("decoder", "encoder_decoder", "openai", "chat")
 ZERO = "Q: {q}\n\nA:"
 COT = "Q: {q}\nA: Let's think step by step."
 COT_ANSWER = "\nTherefore, the answer is"  # step 2 of Zero-shot-CoT: step 1 + its completion + this
+ONE_STEP = "{q}\nThink step by step, then end with one sentence of this form: The answer is <answer>."
 GPT3 = "{q}\n\n###\n\n"
 TEMPLATES = {  # prediction_template: {family: (prompt, label)}
-    "zs":             {"decoder": (ZERO, ""), "encoder_decoder": ("question: {q}", ""), "openai": (ZERO, "")},
-    "zs_cot":         {family: (COT, "") for family in FAMILIES},
+    "zs":             {"decoder": (ZERO, ""), "encoder_decoder": ("question: {q}", ""), "openai": (ZERO, ""), "chat": ("{q}", "")},
+    "zs_cot":         {family: (COT, "") for family in FAMILIES} | {"chat": ("{q}\nLet's think step by step.", "")},
+    "zs_cot_one_step": {family: (ONE_STEP, "") for family in FAMILIES},
     "fs_cot":         {family: ("{examples}\nQ: {q}\nA:", "") for family in FAMILIES},
-    "ft_token":       {"decoder": ("{q} ###", " {a}"), "encoder_decoder": ("{q}", "{a}"), "openai": (GPT3, " {a} END")},
+    "ft_token":       {"decoder": ("{q} ###", " {a}"), "encoder_decoder": ("{q}", "{a}"), "openai": (GPT3, " {a} END"),
+                       "chat": ("{q}", "{a}")},
     "ft_natural":     {"decoder": (ZERO, " {a}"), "encoder_decoder": ("Q: {q}", "{a}")},
     "ft_cot_token":   {"decoder": ("{q} ###", " {r} --> {a}"), "encoder_decoder": ("{q}", "{r} --> {a}"),
-                       "openai": (GPT3, " {r}\n\n-->\n\n{a} END")},
+                       "openai": (GPT3, " {r}\n\n-->\n\n{a} END"), "chat": ("{q}", "{r} --> {a}")},
     "ft_cot_natural": {"decoder": ("Q: {q}\n\nA: Let's think step by step.\n\n", " {r}\n\nTherefore, the answer is {a}")},
 }
 

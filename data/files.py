@@ -72,8 +72,7 @@ def read_jsonl(path):
 class Journal:
     """An append-only file of JSON lines {"key": ..., ...}: what it holds survives any kill, and no key stands in it twice.
 
-    self.rows is {key: row}.  One process writes it at a time; a second is refused with a UserError.  A last line that a kill
-    tore is dropped; a bad line elsewhere is refused, since it may have cost money."""
+    self.rows is {key: row}.  A second writer is refused (UserError), a torn last line dropped, a bad line elsewhere refused."""
 
     def __init__(self, path):
         import fcntl
@@ -84,8 +83,7 @@ class Journal:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path} is being written by another run: wait for it or stop it") from None
-        self.lock.seek(0)
-        end = 0
+        end = self.lock.seek(0)
         for i, line in enumerate(self.lock, 1):
             if not line.endswith(b"\n"):
                 break  # torn
@@ -98,20 +96,24 @@ class Journal:
 
     def append(self, rows):
         """Add rows whose keys are new; they are on the disk when this returns.  Raises OSError where they cannot be."""
-        new = {}
-        for row in rows:
-            if row["key"] not in self.rows:
-                new.setdefault(row["key"], row)
+        self.write(self.add(rows))
+
+    def add(self, rows):
+        """Take rows whose keys are new into self.rows; -> these rows, for write()."""
+        return [row for row in rows if self.rows.setdefault(row["key"], row) is row]
+
+    def write(self, rows):
         end = self.path.stat().st_size
         try:
             with open(self.path, "ab") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
+                f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 f.flush()
                 os.fsync(f.fileno())
         except OSError:
             os.truncate(self.path, end)  # a full disk: no half line stays
+            for row in rows:
+                del self.rows[row["key"]]
             raise
-        self.rows.update(new)
 
     def close(self):
         self.lock.close()
@@ -124,6 +126,55 @@ def safe_key(name):
         raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, "
                         "'_', '-', '.' (120 at most, no '..', not an absolute path)")
     return key
+
+
+# ---------------- Names of files (saved/README.md), from the flags of a run
+
+def teacher_key(args):
+    """zs_cot at temperature 0, zs_cot_t70 at 0.7"""
+    return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "")
+
+
+def run_suffix(args, method="ft_cot"):
+    """What distinguishes two curated sets or students of one task besides the method: degree, split and validation share."""
+    parts = ((f"{args.degree}aug", args.degree > 1 and method != "ft"), (args.split, args.split != "default"),
+             (f"v{args.validation:g}", args.validation))
+    return "".join(f"_{part}" for part, is_there in parts if is_there)
+
+
+def finetune_key(args, method):
+    if method == "ft":
+        return f"ft_{args.task}{run_suffix(args, method)}"
+    return f"{teacher_key(args)}_{args.task}{run_suffix(args)}"
+
+
+def train_key(args, method):
+    if args.train_key:
+        return safe_key(args.train_key)
+    style = "" if args.label_style == "token" else f"_{args.label_style}"
+    return safe_key(method + style + run_suffix(args, method) + (f"_s{args.seed}" if args.seed else ""))
+
+
+def base_model(name):
+    """What a model is called in file names: a folder by its last part, a hub name with its owner and without the slash."""
+    return safe_key(Path(name).resolve().name if Path(name).is_dir() else "toy_student" if name == "toy" else name)
+
+
+def completion_path(saved, model, key, task, *parts):
+    folder = Path(saved) / "completion_data" / f"B_{safe_key(model)}__C_{safe_key(key)}"
+    return folder / f"{'__'.join([f'D_{task}', *parts])}.json"
+
+
+def finetune_path(args, method, family):
+    suffix = {"openai": ".jsonl", "chat": "_chat.jsonl"}.get(family, ".json")
+    folder = "P_openai" if family in ("openai", "chat") else f"P_{family}"
+    return Path(args.saved) / "finetune_data" / folder / f"F_{safe_key(finetune_key(args, method))}{suffix}"
+
+
+def student_path(args, method):
+    if args.out:
+        return Path(args.out)
+    return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
 
 
 # ---------------- What a file was made from

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from data import files
 from data.files import UserError
 
 

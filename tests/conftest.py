@@ -89,3 +89,47 @@ def run(*command, cwd=ROOT, env=None, **options):
     """Run a script of the project as a user would; -> the finished process, output as text."""
     import subprocess
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)
+
+
+# ---------------------------------------------------------------- a teacher behind an API
+
+KEY = "sk-marked-5b1f"
+
+
+@pytest.fixture
+def server():
+    from api_server import ApiServer
+    with ApiServer() as server:
+        yield server
+
+
+@pytest.fixture
+def ask(server, tmp_path, capsys, monkeypatch):
+    """-> function: flags -> (exit message or None, what was printed), of `--stage sample` on 20 toy questions, with short waits."""
+    import finetune_cot
+    import tasks
+    from data import api
+    monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=20, train=14, test=6))
+    monkeypatch.setattr(api, "BACKOFF", 0.01)
+    monkeypatch.setattr(api, "LONGEST_BACKOFF", 0.03)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def ask(*flags):
+        usual = {"--stage": "sample", "--teacher": "gpt-test", "--teacher_method": "zs_cot_one_step", "--degree": 1, "--temperature": 0,
+                 "--base_url": server.url, "--saved": tmp_path, "--concurrency": 4}
+        flags = [*(x for flag, value in usual.items() if flag not in flags for x in (flag, value)), *flags]
+        try:
+            finetune_cot.main([*map(str, flags)])
+            message = None
+        except SystemExit as e:
+            message = e.code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err and KEY not in f"{captured}{message}"
+        ask.err = captured.err
+        return message, captured.out
+    ask.file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step/D_toy.json"
+    ask.journal = ask.file.with_suffix(".journal.jsonl")
+    ask.failures = ask.file.with_suffix(".failures.jsonl")
+    yield ask
+    for path in tmp_path.rglob("*"):  # the key is in no file that any of these tests made
+        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
