@@ -276,10 +276,10 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
              too_long="refuse", top_p=1.0, journal=None):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
 
-    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun each rank
-    decodes its share and all return everything.  Beside `journal`, the path of the file to be written in the end, completions are kept
-    as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions (UserError),
-    cut them on the left, or skip them (empty completion, "length")."""
+    Longest first, batch_size rows at a time; a row's random stream depends on seed, prompt and number alone.  Under torchrun each
+    rank decodes its share and all return everything.  Beside `journal`, the path of the file to be written in the end, completions
+    are kept as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions
+    (UserError), cut them on the left, or skip them (empty completion, "length")."""
     import torch
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
@@ -452,16 +452,16 @@ def run_generate(args):
             torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, family = load_model(args.model, dtype)
-    generated = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop, args.batch_size,
-                    args.seed, top_p=args.top_p, journal=args.out)
+    generated = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop,
+                         args.batch_size, args.seed, top_p=args.top_p, journal=args.out)
     if gather(None)[1] == 0:
-        number = [{"completion_index": k} if args.samples > 1 else {} for k in range(args.samples)]
-        lines = [json.dumps({**row, **k, **one}) + "\n" for row, many in zip(rows, generated) for k, one in zip(number, many)]
+        lines = [json.dumps({**row, **({"completion_index": k} if args.samples > 1 else {}), **one}) + "\n"
+                 for row, many in zip(rows, generated) for k, one in enumerate(many)]
         files.write_whole(args.out, "".join(lines))
         remove_journals(args.out)
         print(f"wrote {len(lines)} completions to {args.out}")
-    if "RANK" in os.environ:
-        torch.distributed.destroy_process_group()
+    if "RANK" in os.environ:  # leave together, and past torch's threads: at times one of them aborts a process that ends
+        os._exit(bool(gather(None) and sys.stdout.flush()))
 
 
 def parse_args(argv=None):

@@ -10,6 +10,7 @@ data/batch.py asks through the Batch API instead, over the same journal, and has
 """
 import asyncio
 import functools
+import gc
 import hashlib
 import json
 import sys
@@ -237,8 +238,14 @@ async def worker(run, units):
 
 async def collect(args, plan, path, samples):
     """Ask, with many workers at once, for everything that the journal lacks; -> the finished Run."""
-    async with Run(args, plan, path) as run:
+    gc.disable()  # 100,000 rows are read a third faster
+    try:
+        run = Run(args, plan, path)
         todo = [unit for unit in all_units(plan, samples) if next_requests(plan, run.journal.rows, *unit)]
+    finally:
+        gc.freeze()
+        gc.enable()
+    async with run:
         units, total, steps = iter(todo), len(samples) * plan.degree, 2 if plan.template == "zs_cot" else 1
         there = total - sum(len(ks) for _, ks in todo)
         asking = f"; asking {plan.model} for the rest" if todo else ""
