@@ -342,7 +342,7 @@ def parse_args(argv=None):
     training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
     training.add_argument("--micro_batch_size", type=int,
                           help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
-    training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: 512 on CPUs, no bound on GPUs)")
+    training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: 1024 on CPUs, no bound on GPUs)")
     training.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                           help="lay samples end to end instead of padding them, where the student gives the same logits so (default on)")
     training.add_argument("--lr", type=float, help="learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")

@@ -232,7 +232,7 @@ class Setup(NamedTuple):
 def set_up(model, samples, ids, args, ranks):
     """-> Setup.  ids: family, pad_id and start_id, as collate takes them."""
     cpu, half = ranks.device.type == "cpu", torch.float16 if args.precision == "fp16" else torch.bfloat16
-    args.micro_tokens = args.micro_tokens or (512 if cpu else 0)  # on a CPU small pieces take less memory and no more time
+    args.micro_tokens = args.micro_tokens or (1024 if cpu else 0)  # on a CPU pieces take less memory and no more time
     model = model if args.shard != "no" else model.to(ranks.device)
     if cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large blocks back to the kernel, which zeroes them page by page at the next step: up to 40% of the time

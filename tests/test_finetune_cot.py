@@ -320,7 +320,7 @@ def test_a_folder_without_write_permission_is_named(tmp_path):
 
 def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, capsys, model_folder):
     data = tmp_path / "data.json"
-    data.write_text(json.dumps({"sample_index": list(range(400)), "input": ["a ###"] * 400, "label": [" b"] * 400}))
+    data.write_text(json.dumps({"sample_index": list(range(160)), "input": ["a ###"] * 160, "label": [" b"] * 160}))
     command = [sys.executable, "finetune_cot.py", "--stage", "train", "--student", model_folder("gpt2"), "--finetune_data", data, "--out", tmp_path / "o",
                "--epochs", "12"]
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -331,7 +331,7 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, capsys
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.strip().splitlines()[-1].startswith("interrupted: what is finished is kept") and "Traceback" not in errors
     message, out = method(capsys, *command[2:])
-    assert message is None and re.search(r"going on after step \d+ of 600", out)
+    assert message is None and re.search(r"going on after step \d+ of 240", out)
 
 
 # ---------------------------------------------------------------- start-up

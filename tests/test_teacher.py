@@ -347,6 +347,7 @@ def test_a_dry_run_asks_nothing_and_says_what_would_be_asked(server, ask):
     assert "toy: 40 requests" in ask("--dry_run", "--degree", 3, "--temperature", 0)[1]  # what is in the journal costs nothing
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_with_the_student_s_tokenizer_where_it_is_a_folder(server, ask, model_folder):
     _, out = ask("--dry_run", "--student", model_folder("gpt2"))
     length = sum(len(tasks.format_sample("zs_cot_one_step", "chat", s["question"])[0].encode()) for s in tasks.load("toy"))

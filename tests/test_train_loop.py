@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -165,10 +166,10 @@ def train_all(model, tokenizer, out, data=None, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tiny_student_learns_eight_samples_by_heart(kind, tmp_path):
-    epochs = 150 if "t5" in kind else 50
+    epochs = 70 if "t5" in kind else 30
     records = train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path, toy_data(8), epochs=epochs, lr=1e-2)
     losses = [r["epoch_loss"] for r in records if "epoch_loss" in r]
-    assert len(losses) == epochs and losses[-1] < 0.1 * losses[0]
+    assert len(losses) == epochs and losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("precision, kind", [("bf16", "gpt2"), ("fp16", "gpt2"), ("bf16", "t5"), ("tf32", "llama")])
@@ -245,15 +246,14 @@ def step_losses(out):
 
 
 RANK_RUNS = {  # name: (kind, changes).  18 samples in batches of 8: the last has 2, so that of 3 ranks one has none
-    "ddp llama": ("llama", {}), "ddp t5": ("t5", {}), "ddp padded": ("gpt2", {"packing": False, "micro_batch_size": 2}), "fsdp gpt2": ("gpt2", {"shard": "gpu"}),
-    "fsdp t5": ("t5", {"shard": "gpu", "micro_batch_size": 2}), "fsdp offloaded": ("llama", {"shard": "cpu", "max_grad_norm": 0.5}),
-    "fsdp resumed": ("llama", {"shard": "gpu", "max_grad_norm": 0.5, "stop_after": 2})}
+    "ddp t5": ("t5", {}), "fsdp llama": ("llama", {"shard": "gpu"}), "ddp padded": ("gpt2", {"packing": False, "micro_batch_size": 2}),
+    "fsdp t5": ("t5", {"shard": "gpu", "micro_batch_size": 2}), "fsdp offloaded, resumed": ("gpt2", {"shard": "cpu", "max_grad_norm": 0.5, "stop_after": 2})}
 RANKS_SCRIPT = """
 import sys; sys.path[:0] = ["tests", "."]
 from pathlib import Path
 from test_train_loop import *
 ranks = train_loop.setup_ranks(torch.device("cpu"))
-for name, (kind, changes) in RANK_RUNS.items():
+for name, (kind, changes) in list(RANK_RUNS.items())[:int(sys.argv[2])]:
     out, stop = Path(sys.argv[1]) / name, changes.pop("stop_after", 0)
     out.mkdir(exist_ok=True)
     for part in ("first", "second") if stop else ("whole",):
@@ -265,14 +265,14 @@ for name, (kind, changes) in RANK_RUNS.items():
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_sharded_or_not_gives_the_losses_and_weights_of_one_process(ranks, tmp_path):
+@pytest.mark.parametrize("ranks, runs", [(2, 5), pytest.param(3, 5, marks=pytest.mark.slow)])
+def test_any_number_of_ranks_sharded_or_not_gives_the_losses_and_weights_of_one_process(ranks, runs, tmp_path):
     (tmp_path / "script.py").write_text(RANKS_SCRIPT)
-    process = torchrun(ranks, tmp_path / "script.py", tmp_path)
+    process = torchrun(ranks, tmp_path / "script.py", tmp_path, runs)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert output.count("batch 8 =") == len(RANK_RUNS) + 1  # only one rank talks
-    for name, (kind, changes) in RANK_RUNS.items():
+    assert output.count("batch 8 =") == runs + (runs == 5)  # only one rank talks
+    for name, (kind, changes) in list(RANK_RUNS.items())[:runs]:
         changes = {k: v for k, v in changes.items() if k == "max_grad_norm"}
         train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path / "one", toy_data(18), epochs=7, **changes)
         one, many = step_losses(tmp_path / "one"), step_losses(tmp_path / name)
@@ -379,8 +379,30 @@ def timeless(out):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (out / "log.jsonl").read_text().splitlines()[1:]]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_killed_at_any_moment_goes_on_to_bit_identical_weights_and_the_same_log(ranks, tmp_path, model_folder):
+def test_sigterm_writes_a_checkpoint_within_the_epoch_and_the_run_goes_on_to_the_same_bits_and_log(tmp_path):
+    train_all(tiny_model("t5", dropout=0.1), tiny_tokenizer(), tmp_path / "whole", toy_data(60), epochs=3)
+
+    def stop():
+        while not (tmp_path / "out" / "log.jsonl").exists() or len(timeless(tmp_path / "out")) < 11:  # 8 steps an epoch and its own row
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=stop).start()
+    with pytest.raises(UserError, match="stopped by SIGTERM at step"):
+        train_all(tiny_model("t5", dropout=0.1), tiny_tokenizer(), tmp_path / "out", toy_data(60), epochs=3)
+    [checkpoint] = (tmp_path / "out").glob("checkpoint*")
+    assert int(checkpoint.stem.rpartition("_")[2]) % 8
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    train_all(tiny_model("t5", dropout=0.1), tiny_tokenizer(), tmp_path / "out", toy_data(60), epochs=3)
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+STOPS = (signal.SIGKILL, 7), (signal.SIGTERM, 17), (signal.SIGKILL, 27)  # and the steps before it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, stops", [(1, STOPS), (2, STOPS)])
+def test_a_run_stopped_at_any_moment_goes_on_to_bit_identical_weights_and_the_same_log(ranks, stops, tmp_path, model_folder):
     data = tmp_path / "data.json"
     data.write_text(json.dumps(toy_data(40)))
     flags = ["--epochs", 6, "--checkpoint_steps", 2, "--lr", "1e-3"]
@@ -389,7 +411,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_bit_identical_weights_and_the_sam
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True))
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(ranks)
     assert start(whole).wait(120) == 0
-    for signal_sent, steps in ((signal.SIGKILL, 7), (signal.SIGTERM, 17), (signal.SIGKILL, 27))[:2 if ranks == 1 else 3]:
+    for signal_sent, steps in stops:
         process = start(killed)
         while process.poll() is None and not ((killed / "log.jsonl").exists() and len(timeless(killed)) >= steps):
             time.sleep(0.02)
