@@ -441,6 +441,7 @@ def test_a_torn_last_line_is_asked_again_and_a_bad_line_elsewhere_is_refused(ser
     assert re.search(r"D_toy.journal.jsonl, line 1 is not valid JSON", ask()[0]) and len(server.asked()) == asked + 1
 
 
+@pytest.mark.slow
 def test_a_second_process_on_the_same_output_is_refused(server, tmp_path, ask):
     server.delay = 0.3
     process = start(server, tmp_path, "--split", "few_shot_8", "--teacher_method", "zs_cot_one_step", "--concurrency", 1)
