@@ -103,6 +103,7 @@ class Journal:
         return [row for row in rows if self.rows.setdefault(row["key"], row) is row]
 
     def write(self, rows):
+        """Put rows that add() took on the disk.  Raises OSError, and forgets them, where there is no room."""
         end = self.path.stat().st_size
         try:
             with open(self.path, "ab") as f:
