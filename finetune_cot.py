@@ -400,6 +400,8 @@ def check(args):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
     if (args.out or args.train_key) and len(args.method) > 1 and not args.finetune_data:
         raise UserError("--out and --train_key are of one student: name one --method")
+    if args.shard != "no" and args.eval_every:
+        raise UserError("--shard spreads the weights over the ranks while training, so it cannot be evaluated in between: leave out --eval_every")
     if args.degree > 1 and not args.temperature and not teacher.is_elsewhere(args):
         raise UserError(f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7")
 

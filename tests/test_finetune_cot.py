@@ -258,6 +258,8 @@ BAD = [
     (("--stage", "train"), "the fine-tuning file .* is missing or was made with other settings: make it with --stage curate"),
     (("--stage", "evaluate"), "there is no finished student in"),
     (("--train_key", "k"), "name one --method"),
+    (("--shard", "gpu", "--eval_every", "1"), "leave out --eval_every"),
+    (("--shard", "gpu"), "start it with torchrun"),
     (("--label_style", "gpt3"), "use it with --stage curate"),
     (("--degree", "3", "--temperature", "0"), "3 identical rationales: use --temperature"),
     (("--temperature", "nan"), "--temperature nan must be 0 or more"),
