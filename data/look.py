@@ -135,6 +135,7 @@ def diff(args):
 # ---------------- Command line: the part of evaluate.py's that looks
 
 def add_commands(commands):
+    """Add score, table, show and diff to the command line of evaluate.py."""
     s = commands.add_parser("score", help="score completion files")
     s.add_argument("files", nargs="+", help="completion files")
     s.add_argument("--part", choices=["train", "validation", "test", "all"], default="test",

@@ -275,6 +275,7 @@ def prepare(key, mirror, out):
 
 
 def main(argv=None):
+    """Prepare the tasks that are named, or all; one that fails does not keep the others from being built."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("task", nargs="*", metavar="TASK", help="keys of tasks.py (default: the 12 benchmarks)")
     parser.add_argument("--mirror", type=Path, metavar="DIR", help="read the raw files from this folder; download nothing")

@@ -202,6 +202,7 @@ async def ask(run, request):
     cost, n = dollars(run.args, prompt, completion), len(request.keys)
 
     async def send():
+        """One attempt; -> (choices, usage, model).  Raises BadReply where the server sent no answer."""
         response = await run.client.post(ENDPOINTS[run.plan.api], body=request.body, cast_to=httpx2.Response,
                                          options={"headers": {"X-Client-Request-Id": request.key}})
         try:

@@ -164,12 +164,12 @@ def train_all(model, tokenizer, out, data=None, **changes):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("t5", "flan-t5"))])
 def test_a_tiny_student_learns_eight_samples_by_heart(kind, tmp_path):
-    epochs = 70 if "t5" in kind else 30
+    epochs = 150 if "t5" in kind else 50
     records = train_all(tiny_model(kind), tiny_tokenizer(bos=kind == "llama"), tmp_path, toy_data(8), epochs=epochs, lr=1e-2)
     losses = [r["epoch_loss"] for r in records if "epoch_loss" in r]
-    assert len(losses) == epochs and losses[-1] < 0.3 * losses[0]
+    assert len(losses) == epochs and losses[-1] < 0.1 * losses[0]
 
 
 @pytest.mark.parametrize("precision, kind", [("bf16", "gpt2"), ("fp16", "gpt2"), ("bf16", "t5"), ("tf32", "llama")])
