@@ -44,3 +44,9 @@ def test_the_readme_tells_how_many_samples_and_which_flags_the_default_run_has()
 def test_imports_point_one_way(module, others):
     text = (ROOT / f"{module}.py").read_text()
     assert not any(re.search(rf"^\s*(?:import|from) {other}\b", text, re.M) for other in others)
+
+
+def test_the_checks_run_the_test_command_of_the_readme():
+    pattern = re.search(r"grep -m1 '(.*)' README\.md", (ROOT / ".ci" / "run").read_text()).group(1)
+    command = next(line for line in README.splitlines() if re.search(pattern, line))
+    assert shlex.split(command)[-4:] == ["-m", "pytest", "tests", "-q"]
