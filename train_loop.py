@@ -1,4 +1,10 @@
-"""The training loop: what one optimizer step sees, how the loss is divided, when ranks talk, what a checkpoint holds.
+"""The training loop.
+
+- An optimizer step sees a global batch: random samples, the same ones for a seed and an epoch, however they are grouped.
+- Its loss is summed over label tokens and divided by the label tokens of the whole batch: each weighs the same.
+- Ranks talk in the last backward of a step (gradients), once after it (loss, sizes, whether to stop), at the end of an epoch
+  (a barrier), and, with --shard, wherever split weights, gradients or states are put together.
+- A checkpoint holds weights, optimizer, scaler and step; order, rate and dropout follow from step, seed and flags.
 
 `train` is a generator: it yields after every epoch, so its caller may evaluate the student between two epochs.  Run it
 through finetune_cot.py, under plain python or torchrun (CPU: gloo, GPU: nccl):
@@ -10,16 +16,12 @@ Shapes: B rows of a micro-batch, T tokens of a row, N label tokens in it, H widt
 """
 import ctypes
 import functools
-import json
 import math
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -27,7 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data.files import UserError, progress, read_text, write_json, write_whole
+from data.files import UserError, progress, write_json
+from data.training_log import log, mean_loss, start_log, status
 from tasks import encode_prompt
 
 
@@ -50,7 +53,7 @@ def setup_ranks(device):
         return Ranks(0, 1, device)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo: for what --shard cpu keeps in main memory
     if cuda:
         torch.cuda.set_device(local_rank)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if cuda else "cpu"))
@@ -76,14 +79,14 @@ def encode(tokenizer, family, data, max_length, max_positions=0):
     """-> (samples, dropped sample indices) of a fine-tuning file {"sample_index", "input", "label": lists}.
 
     A sample whose input or label exceeds max_length tokens (paper: 512), or that does not fit the model's positions (0: no
-    bound), is dropped: cutting it would cut off its answer, which stands last.  So is a decoder's sample without a prompt:
-    nothing would predict its first label token.  Raises UserError where no sample is left."""
+    bound), is dropped: cutting it would cut off its answer, which stands last.  So is one without a prompt: nothing would
+    predict its first label token.  Raises UserError where no sample is left."""
     samples, dropped = [], []
     for sample_index, prompt, label in zip(data["sample_index"], data["input"], data["label"]):
         prompt_ids = encode_prompt(tokenizer, family, prompt)
         label_ids = tokenizer(text_target=label, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        longest = len(prompt_ids) + len(label_ids) if family == "decoder" else 0  # encoder-decoders: relative positions
-        if max(len(prompt_ids), len(label_ids)) > max_length or longest > (max_positions or math.inf) or not prompt_ids:
+        total = len(prompt_ids) + len(label_ids) if family == "decoder" else 0  # encoder-decoders: relative positions
+        if max(len(prompt_ids), len(label_ids)) > max_length or total > (max_positions or math.inf) or not prompt_ids:
             dropped.append(sample_index)
         else:
             samples.append(Sample(sample_index, prompt_ids, label_ids))
@@ -110,12 +113,13 @@ def micro_batches(batch, args, packing, world_size):
 
     None has more than micro_batch_size samples or, unless it is a single one, micro_tokens tokens (padding included; 0: no
     bound).  Padded rows should be of like length, packed ones should give every rank equally much to do.  The optimizer
-    step is a sum over all samples, so the grouping does not change what it sees; rank r takes every world_size-th from r on."""
+    step sums over all samples, so the grouping changes its rounding and its dropout masks alone.  Rank r takes every
+    world_size-th from r on: as many on each rank, since all must take part in exchanging gradients."""
     by_length = sorted(batch, key=lambda s: (-length(s), s.sample_index))
-    for groups in range(world_size, world_size * (len(batch) + 1), world_size):
-        parts = [by_length[i * len(batch) // groups:(i + 1) * len(batch) // groups] for i in range(groups)]
-        if packing:  # longest first, each to the group with the fewest tokens so far
-            parts = [[] for _ in range(groups)]
+    for n_groups in range(world_size, world_size * (len(batch) + 1), world_size):
+        parts = [by_length[i * len(batch) // n_groups:(i + 1) * len(batch) // n_groups] for i in range(n_groups)]
+        if packing:  # longest first, each to the one with the fewest tokens so far
+            parts = [[] for _ in range(n_groups)]
             for sample in by_length:
                 min(parts, key=lambda part: (sum(map(length, part)), len(part))).append(sample)
         tokens = [sum(map(length, part)) if packing else len(part) * max(map(length, part), default=0) for part in parts]
@@ -161,7 +165,9 @@ def label_logits(model, inputs, keep, device):
 
 # ---------------- Packing: the samples of a micro-batch end to end in one row, so no token is padding
 
-PACKED = {}  # of the forward pass under way: tokens in the row -> tokens of each sample; id of a position bias -> it and its blocks
+# What attend_per_sample needs to know of the row that collate_packed made last: its tokens -> the tokens of each sample (the
+# prompts and the labels of an encoder-decoder are two rows); and id of a position bias -> (the bias, its blocks)
+PACKED = {}
 
 
 def collate_packed(samples, family, pad_id, start_id):
@@ -173,7 +179,8 @@ def collate_packed(samples, family, pad_id, start_id):
         PACKED[inputs[k].shape[1]] = [part[k].shape[1] for part, _, _ in parts]
     if family == "decoder":
         inputs["position_ids"] = torch.cat([torch.arange(n) for n in PACKED[inputs["input_ids"].shape[1]]])[None]
-    elif len(PACKED) == 1:  # prompts and labels have as many tokens: one token more, a sample of its own, tells the rows apart
+    elif len(PACKED) == 1:  # prompts and labels have as many tokens, which are told apart by that: prompts get one more, a sample that
+        # no label belongs to
         lengths = [part["input_ids"].shape[1] for part, _, _ in parts] + [1]
         inputs["input_ids"] = F.pad(inputs["input_ids"], (0, 1), value=pad_id)
         PACKED[sum(lengths)] = lengths
@@ -270,22 +277,34 @@ def shard(model, args, ranks, half):
     return fully_shard(model, **options)
 
 
-def learning_rate(step, steps, args):
-    """Of step 1 .. steps: a line up to lr in the first `warmup` steps, then constant, or a line or half a cosine towards 0."""
-    if step <= args.warmup:
-        return args.lr * step / args.warmup
-    done = (step - 1 - args.warmup) / (steps - args.warmup)
-    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
+class LabelLoss(torch.autograd.Function):
+    """Cross-entropy of logits (N, V) in fp32, summed over N, whose gradient takes the place of the logits: one tensor of this
+    size, by far the largest of a step, instead of three.  As F.cross_entropy(..., reduction="sum")."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        targets = targets[:, None]
+        logits -= logits.amax(1, keepdim=True)
+        at_target = logits.gather(1, targets).sum()
+        total = logits.exp_().sum(1, keepdim=True)
+        logits /= total
+        logits.scatter_add_(1, targets, logits.new_full(targets.shape, -1.0))  # the gradient: softmax - one-hot
+        ctx.save_for_backward(logits)
+        return total.log().sum() - at_target
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0].mul_(grad), None
 
 
 def micro_loss(setup, samples, device):
     """-> loss of a micro-batch, summed (not averaged) over its label tokens, in fp32, and its tokens with padding."""
     inputs, keep, targets = setup.collate(samples)
     size = sum(ids.numel() for name, ids in inputs.items() if name.endswith("input_ids"))
-    size += len(samples) * ("decoder_input_ids" not in inputs)  # a decoder's EOS is predicted, not read
+    size += len(samples) * ("decoder_input_ids" not in inputs)  # a decoder's EOS is only predicted; it counts, as in `length`
     with torch.autocast(**setup.autocast):
         logits = label_logits(setup.parallel, inputs, keep, device)
-    return F.cross_entropy(logits.float(), targets.to(device), reduction="sum"), size
+    return LabelLoss.apply(logits.float(), targets.to(device)), size
 
 
 def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
@@ -294,8 +313,8 @@ def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
     rank asks to stop).
 
     The loss of every micro-batch is a sum, divided by the label tokens of the *whole* step.  A mean of means would weigh
-    a short rationale's tokens more than a long one's, and would change with the number of micro-batches.  DDP averages
-    gradients over ranks, hence the factor world_size.  Raises UserError on a loss or gradient that is not finite."""
+    a short rationale's tokens more than a long one's, and would change with the number of micro-batches.  DDP and FSDP
+    average gradients over ranks, hence the factor world_size.  Raises UserError on a loss or gradient that is not finite."""
     label_tokens = sum(len(s.label) for s in batch)  # every rank has the whole batch: nothing to communicate
     groups = list(enumerate(micro_batches(batch, args, setup.packing, ranks.world_size)))[ranks.rank::ranks.world_size]
     total = torch.tensor([0, 0, stop], dtype=torch.float64, device=ranks.device)  # loss, tokens with padding, asks to stop
@@ -303,7 +322,7 @@ def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
         # Dropout masks depend on seed, step and micro-batch alone: a resumed run draws the same, and so do 1 rank with 2
         # micro-batches and 2 ranks with 1.  (Another grouping draws other masks; without dropout all groupings agree.)
         torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + group)
-        last = i == len(groups) - 1  # ranks talk once a step, in the last backward
+        last = i == len(groups) - 1  # gradients are exchanged once a step, in the last backward
         if isinstance(setup.parallel, DistributedDataParallel):
             setup.parallel.require_backward_grad_sync = last
         elif args.shard != "no":
@@ -320,15 +339,15 @@ def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
     parameters = [p for p in setup.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     norm = norm.full_tensor() if args.shard != "no" else norm
-    loss, size, stop = total.tolist()  # the one point where the CPU waits for a GPU
+    loss, size, stop = total.tolist()  # read once, when the whole step is queued: the CPU waits for a GPU here
     if not math.isfinite(loss) or not norm.isfinite() and not setup.scaler.is_enabled():
         raise UserError(f"the {'gradient' if math.isfinite(loss) else 'loss'} is {norm if math.isfinite(loss) else loss} at step {step} "
                         f"(sample_index {', '.join(str(s.sample_index) for s in batch)}): lower --lr, or use --precision bf16 or fp32; "
                         "the last checkpoint is kept")
     if args.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, norm)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = rate
+    for param_group in setup.optimizer.param_groups:
+        param_group["lr"] = rate
     setup.scaler.step(setup.optimizer)
     setup.scaler.update()
     setup.optimizer.zero_grad(set_to_none=True)
@@ -348,7 +367,8 @@ def whole_state(setup, state=None):
 
 def save_checkpoint(out, setup, step, args, ranks):
     """checkpoint_<step>.pt: weights, optimizer, scaler, step; renamed into place when whole, then older ones beyond --keep go.
-    There is no random state to keep: order and dropout are functions of seed, epoch and step.  Every rank must call it."""
+    There is no random state to keep: order and dropout are functions of seed, epoch and step, so with the same flags, data and
+    ranks a resumed run is exact.  (finetune_cot.py refuses to go on with others.)  Every rank must call it."""
     model, optimizer = whole_state(setup)
     if not ranks.is_master:
         return
@@ -378,30 +398,6 @@ def load_checkpoint(out, setup):
     return state["step"]
 
 
-def start_log(path, step, args, settings, ranks):
-    """Begin log.jsonl with what made it, or, on resuming, drop what was logged after the checkpoint's step.  -> rows of steps"""
-    rows = []
-    if step and path.exists():  # a kill may have torn its last line
-        rows = [row for line in read_text(path).split("\n") if line.endswith("}") and (row := json.loads(line)).get("step", 0) <= step]
-    if not rows:
-        import transformers
-        git = shutil.which("git")
-        commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-        device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-        rows = [{"command": sys.argv, "arguments": vars(args), "settings": settings, "torch": torch.__version__, "ranks": ranks.world_size,
-                 "transformers": transformers.__version__, "device": device, "commit": commit or None}]
-    if ranks.is_master:
-        write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
-    return [row for row in rows if "loss" in row]
-
-
-def log(out, ranks, **record):
-    """Append a record to log.jsonl, on rank 0."""
-    if ranks.is_master:
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-
-
 def save_student(setup, tokenizer, out, settings, args, ranks):
     """The student as a Hugging Face folder, sharded or not; run.json comes last and marks it as whole.  Every rank must call it."""
     weights = whole_state(setup)[0] if args.shard != "no" else None
@@ -423,19 +419,12 @@ def save_student(setup, tokenizer, out, settings, args, ranks):
 
 # ---------------- The loop
 
-def status(rows, steps, seconds, device):
-    """One aligned line about the steps of these log rows: rates, memory so far, what is left.  The loss is the mean over label tokens."""
-    labels, tokens, size = (sum(row[k] for row in rows) for k in ("label_tokens", "tokens", "size"))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    skipped, last = sum(row["grad_norm"] is None for row in rows), rows[-1]
-    return (f"epoch {last['epoch']:3d}  step {last['step']:6d}/{steps}  loss {mean_loss(rows):.4f}  lr {last['lr']:.1e}  norm "
-            f"{last['grad_norm'] or math.inf:7.3f}  {labels / seconds:6.0f} label tokens/s  {tokens / seconds:6.0f} tokens/s  padding "
-            f"{100 - 100 * tokens / size:3.0f}%  {peak / 2**20:6.0f} MB  {seconds:6.1f} s  left {(steps - last['step']) * seconds / len(rows) / 60:5.1f} min"
-            + (f"  {skipped} steps skipped (fp16 overflow)" if skipped else ""))
-
-
-def mean_loss(rows):
-    return sum(row["loss"] * row["label_tokens"] for row in rows) / sum(row["label_tokens"] for row in rows)
+def learning_rate(step, steps, args):
+    """Of step 1 .. steps: a line up to lr in the first `warmup` steps, then constant, or a line or half a cosine towards 0."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    done = (step - 1 - args.warmup) / (steps - args.warmup)
+    return args.lr * {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.schedule]
 
 
 def train(model, tokenizer, family, data, out, args, settings, ranks):
@@ -444,8 +433,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     args: the training flags of finetune_cot.py.  The paper: 20 epochs, batch 8, AdamW lr 3e-4, no schedule, no clipping
     (appendix).  Raises UserError on a set without a usable sample, on a loss that is not finite, and, after a checkpoint,
     on SIGTERM."""
-    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)
-    samples, dropped = encode(tokenizer, family, data, args.max_length, positions)
+    max_positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)
+    samples, dropped = encode(tokenizer, family, data, args.max_length, max_positions)
     if dropped:
         say(ranks, f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than "
                    f"the model): sample_index {', '.join(map(str, dropped[:10]))}{', ...' if len(dropped) > 10 else ''}")
@@ -455,46 +444,50 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     epoch_steps = math.ceil(len(samples) / args.batch_size)
     steps, step = args.epochs * epoch_steps, load_checkpoint(out, setup)
     rows = start_log(out / "log.jsonl", step, args, settings, ranks)  # one for every step so far
-    micro = micro_batches(sorted(samples, key=length)[-args.batch_size:], args, setup.packing, ranks.world_size)
+    micro = micro_batches(sorted(samples, key=length)[-args.batch_size:], args, setup.packing, ranks.world_size)  # the longest batch
     say(ranks, f"{len(samples)} samples, {args.epochs} epochs of {epoch_steps} steps; batch {args.batch_size} = {ranks.world_size} rank(s) x "
                f"{len(micro) // ranks.world_size} micro-batch(es) of up to {max(map(len, micro))}, {'packed' if setup.packing else 'padded'}; "
                f"{args.precision} on {ranks.device}" + (f"; going on after step {step} of {steps}" if step else ""))
     if step and step % epoch_steps == 0:
         yield step // epoch_steps
 
+    terminated = []
     for epoch in range(step // epoch_steps + 1, args.epochs + 1):
         model.train()
         if setup.packing:
             model.set_attn_implementation("per_sample")
-        terminated = []
         on_sigterm = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
         start = said = time.perf_counter()
+        first = said_rows = len(rows)
         batches = global_batches(len(samples), args.batch_size, args.seed, epoch)[step % epoch_steps:]
-        for positions in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
-            step, batch = step + 1, [samples[i] for i in positions]
+        for indices in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
+            step, batch = step + 1, [samples[i] for i in indices]
             rate = learning_rate(step, steps, args)
             loss, norm, size, stop = optimizer_step(setup, batch, step, rate, args, ranks, bool(terminated))
             rows.append({"step": step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm,
                          "label_tokens": sum(len(s.label) for s in batch), "tokens": sum(map(length, batch)), "size": size})
             log(out, ranks, **rows[-1])
             if args.log_every and step % args.log_every == 0:
-                say(ranks, status(rows[-args.log_every:], steps, time.perf_counter() - said, ranks.device))
-                said = time.perf_counter()
-            if stop or args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
-                save_checkpoint(out, setup, step, args, ranks)
+                say(ranks, status(rows[said_rows:], steps, time.perf_counter() - said, ranks.device))
+                said, said_rows = time.perf_counter(), len(rows)
             if stop:
-                raise UserError(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
+                break
+            if args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
+                save_checkpoint(out, setup, step, args, ranks)
         signal.signal(signal.SIGTERM, on_sigterm)
         if setup.packing:
             model.set_attn_implementation("sdpa")
         seconds = time.perf_counter() - start
-        epoch_rows = [row for row in rows if row["epoch"] == epoch]
-        log(out, ranks, step=step, epoch=epoch, epoch_loss=mean_loss(epoch_rows), seconds=round(seconds, 3))
-        if epoch == args.epochs:
+        if step % epoch_steps == 0:
+            epoch_rows = [row for row in rows if row["epoch"] == epoch]
+            log(out, ranks, step=step, epoch=epoch, epoch_loss=mean_loss(epoch_rows), seconds=round(seconds, 3))
+        if step == steps:
             save_student(setup, tokenizer, out, settings, args, ranks)
-        elif args.checkpoint_every and epoch % args.checkpoint_every == 0:
+        elif stop or args.checkpoint_every and epoch % args.checkpoint_every == 0:
             save_checkpoint(out, setup, step, args, ranks)
-        say(ranks, status(rows[-len(batches):], steps, seconds, ranks.device))
+        say(ranks, status(rows[first:], steps, seconds, ranks.device))
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
+        if stop and step < steps:
+            raise UserError(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
         yield epoch

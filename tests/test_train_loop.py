@@ -397,6 +397,37 @@ def test_sigterm_writes_a_checkpoint_within_the_epoch_and_the_run_goes_on_to_the
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("at, ends", [(8, "stopped"), (16, "finished")])
+def test_sigterm_in_the_last_step_of_an_epoch_stops_after_it_and_in_the_last_of_all_the_run_is_finished(at, ends, tmp_path, monkeypatch):
+    step = train_loop.optimizer_step
+
+    def terminated(setup, batch, number, *more):
+        if number == at and not (tmp_path / "sent").exists():
+            (tmp_path / "sent").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(setup, batch, number, *more)
+    train_all(tiny_model("gpt2", dropout=0.1), tiny_tokenizer(), tmp_path / "whole", toy_data(60), epochs=2)
+    monkeypatch.setattr(train_loop, "optimizer_step", terminated)
+    try:
+        train_all(tiny_model("gpt2", dropout=0.1), tiny_tokenizer(), tmp_path / "out", toy_data(60), epochs=2)
+        assert ends == "finished"
+    except UserError as e:
+        assert ends == "stopped" and "stopped by SIGTERM at step 9" in str(e)  # it came within step 8, so step 9 knows of it
+        train_all(tiny_model("gpt2", dropout=0.1), tiny_tokenizer(), tmp_path / "out", toy_data(60), epochs=2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_the_loss_and_its_gradient_equal_torch_s_cross_entropy():
+    logits, targets = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 30, torch.arange(7) * 7
+    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss, truth = train_loop.LabelLoss.apply(mine * 1, targets), torch.nn.functional.cross_entropy(theirs, targets, reduction="sum")
+    (loss / 3).backward()
+    (truth / 3).backward()
+    assert torch.allclose(loss, truth, rtol=1e-6) and torch.allclose(mine.grad, theirs.grad, atol=1e-7)
+
+
 STOPS = (signal.SIGKILL, 7), (signal.SIGTERM, 17), (signal.SIGKILL, 27)  # and the steps before it
 
 
