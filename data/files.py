@@ -258,15 +258,15 @@ def read_finetune_data(path):
     return dict(zip(("sample_index", "input", "label"), columns))
 
 
-def progress(items, what, show=True):
-    """Iterate with a progress bar; without a terminal, print a line every 10 seconds instead."""
+def progress(items, what, show=True, total=None):
+    """Iterate over items (total: how many, where they have no length) with a progress bar; without a terminal, print a line every 10 seconds instead."""
     if show and sys.stderr.isatty():
         from tqdm import tqdm
-        yield from tqdm(items, desc=what, leave=False)
+        yield from tqdm(items, desc=what, leave=False, total=total)
         return
     start = said = time.monotonic()
     for i, item in enumerate(items):
         if show and time.monotonic() - said > 10:
             said = time.monotonic()
-            print(f"{what}: {i} of {len(items)}, {said - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"{what}: {i} of {total or len(items)}, {said - start:.0f} s", file=sys.stderr, flush=True)
         yield item

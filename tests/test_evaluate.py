@@ -163,15 +163,15 @@ def test_a_run_that_dies_goes_on_and_decodes_nothing_twice(tmp_path, monkeypatch
     model, tokenizer, limits = tiny_model("gpt2"), tiny_tokenizer(), [5, 20, 9, 14, 3, 8, 12]
     def decode():
         return evaluate.generate(model, tokenizer, "decoder", PROMPTS, limits, 0.7, 2, batch_size=4, journal=tmp_path / "out")
-    expected, decoded, decode_batch = decode(), [], evaluate.decode_batch
+    expected, decoded, whole = decode(), [], evaluate.decode
     evaluate.remove_journals(tmp_path / "out")
     def dying(model, tokenizer, family, rows, *settings):
-        for i, ended in enumerate(decode_batch(model, tokenizer, family, rows, *settings)):
+        for i, ended in enumerate(whole(model, tokenizer, family, rows, *settings)):
             if i == 3:
                 raise MemoryError
-            decoded.extend(row["key"] for row, _, _ in ended)
+            decoded.append(ended[0]["key"])
             yield ended
-    monkeypatch.setattr(evaluate, "decode_batch", dying)
+    monkeypatch.setattr(evaluate, "decode", dying)
     for _ in range(14):
         with contextlib.suppress(MemoryError):
             assert decode() == expected
