@@ -23,9 +23,10 @@ def test_a_command_of_the_readme_is_understood_by_the_real_parser(command):
     script, *flags = shlex.split(re.sub(r"\[(.*?)\]|\.\.\.", r"\1", command))  # optional parts in brackets are tried as well
     if "--help" in flags:
         return
-    args = PARSERS[script](flags)
-    if script == "finetune_cot.py" and not args.finetune_data:
-        finetune_cot.check(args)
+    parsed = PARSERS[script](flags)
+    if script == "finetune_cot.py":
+        for args in parsed:
+            finetune_cot.check(args)
 
 
 @pytest.mark.parametrize("page", ["README.md", "saved/README.md", "data/README.md"])
@@ -35,7 +36,7 @@ def test_the_files_a_page_names_exist_or_are_made_by_a_run(page):
 
 
 def test_the_readme_tells_how_many_samples_and_which_flags_the_default_run_has():
-    args = finetune_cot.parse_args([])
+    [args] = finetune_cot.parse_args([])
     assert (args.task, args.method) == ("toy", ["ft", "ft_cot"]) and f"{tasks.TASKS['toy'].test} test questions" in README
 
 

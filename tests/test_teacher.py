@@ -495,7 +495,7 @@ def flags_of():
 @pytest.mark.parametrize("url, warns", [("http://127.0.0.1:9/v1", False), ("http://localhost:9/v1", False), ("https://example.org/v1", False), ("http://example.org/v1", True)])
 def test_plain_http_to_another_machine_warns(url, warns, capsys):
     from data import teacher
-    teacher.check(finetune_cot.parse_args(["--base_url", url]))
+    teacher.check(finetune_cot.parse_args(["--base_url", url])[0])
     assert ("unencrypted" in capsys.readouterr().err) == warns
 
 
