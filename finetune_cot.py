@@ -111,7 +111,8 @@ def family_of(args):
 
 
 def label_template(args, method):
-    return f"{method}_{'token' if args.label_style in teacher.API_FAMILIES else args.label_style}"
+    name = f"{method}_{args.label_style}"
+    return name if name in tasks.TEMPLATES else f"{method}_token"  # API styles; a style of one's own may have no ft
 
 
 def rationale_of(row):
@@ -330,7 +331,7 @@ def parse_args(argv=None):
     teacher.add_flags(parser)
     curating = parser.add_argument_group("curation (paper §3.2; --filter and below beyond it)")
     curating.add_argument("--rules", choices=["paper", "flexible"], help="what counts as right (default paper; of chat models, flexible)")
-    curating.add_argument("--label_style", choices=["token", "natural", *teacher.API_FAMILIES], default="token",
+    curating.add_argument("--label_style", choices=[*tasks.LABEL_STYLES, *teacher.API_FAMILIES], default="token",
                           help="of labels (default token: '{question} ###' -> ' {rationale} --> {answer}'; gpt3, chat: for an API)")
     filters.add_flags(curating)
     training = parser.add_argument_group("training (paper, appendix)")

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data.files import UserError, progress, read_text, write_json, write_whole
+from data.files import Interrupted, UserError, progress, read_text, write_json, write_whole
 from tasks import encode_prompt
 
 
@@ -483,7 +483,7 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
             if stop or args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
                 save_checkpoint(out, setup, step, args, ranks)
             if stop:
-                raise UserError(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
+                raise Interrupted(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
         signal.signal(signal.SIGTERM, on_sigterm)
         if setup.packing:
             model.set_attn_implementation("sdpa")

@@ -11,6 +11,9 @@ from data.files import UserError
 
 def few_shot_examples(task, data_dir="data"):
     """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
+    if task == "toy":
+        from data.toy import TOY_EXAMPLES
+        return TOY_EXAMPLES
     path = Path(data_dir) / "few_shot_cot_prompts.json"
     prompt = files.read_json(path).get(task) if path.exists() else None
     if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):

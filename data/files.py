@@ -16,6 +16,10 @@ class UserError(Exception):
     """Something the user can mend; the message is one sentence: what is wrong, where, and what to do."""
 
 
+class Interrupted(UserError):
+    """The run was told to stop: nothing else is to be started."""
+
+
 def write_whole(path, text):
     """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it."""
     path = Path(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tasks
 from data import look
-from data.files import UserError
+from data.files import Interrupted, UserError
 
 GRID = ("task", "teacher", "student", "split", "teacher_method", "filter", "max_rationale_words", "degree", "lr", "batch_size", "seed")
 FOUR = "multiarith svamp date_understanding last_letter_concatenation"  # the tasks of the paper's studies
@@ -51,23 +51,22 @@ def command_lines(argv):
 
 
 def expand(args):
-    """-> [one Namespace a cell]: every combination of the values of the flags in GRID.  More than one: a method each."""
+    """-> [one Namespace a cell]: every combination of the values of the flags in GRID."""
     if args.task == ["all"] and not args.dry_run:  # a dry run adds up by itself
         args.task = [key for key in tasks.TASKS if key != "toy"]
     flags = vars(args)
     values = [flags[name] if isinstance(flags[name], list) else [flags[name]] for name in GRID]
-    cells = [argparse.Namespace(**flags | dict(zip(GRID, combination))) for combination in itertools.product(*values)]
-    if len(cells) > 1:
-        cells = [argparse.Namespace(**vars(cell) | {"method": [method]}) for cell in cells for method in args.method]
-    return cells
+    return [argparse.Namespace(**flags | dict(zip(GRID, combination))) for combination in itertools.product(*values)]
 
 
 def gather(cells, output):
-    """-> the cells without repetitions (ft does not depend on the degree), each knowing the largest degree of its completions, so
-    that those are sampled once.  output(cell): -> (the file that it ends with, the teacher's file).  Raises UserError."""
+    """-> the cells, where there are several a method each, without repetitions (ft does not depend on the degree).  Each knows the
+    largest degree of its teacher's file, so that it is sampled once.  output(cell): -> (the file that it ends with, the teacher's file).  Raises UserError."""
     one = cells[0]
     if len(cells) > 1 and (one.out or one.train_key or one.finetune_data):
         raise UserError(f"--out, --train_key and --finetune_data are of one student, and these flags make {len(cells)} of them")
+    if len(cells) > 1:
+        cells = [argparse.Namespace(**vars(cell) | {"method": [method]}) for cell in cells for method in cell.method]
     unique, degrees = {}, {}
     for cell in cells:
         mine, teacher = output(cell)
@@ -90,8 +89,10 @@ def about(args, method, questions, model):
 
 # ---------------- Run them
 
-def name_of(args):
-    return ", ".join(f"{name} {getattr(args, name)}" for name in ("task", "method", *GRID[1:])).replace("['", "").replace("']", "")
+def name_of(args, cells):
+    """'coin_flip ft_cot, degree 8, seed 1': task, method, and what differs among the cells"""
+    varied = [name for name in GRID[1:] if len({getattr(cell, name) for cell in cells}) > 1]
+    return ", ".join([f"{args.task} {args.method[0]}", *(f"{name} {getattr(args, name)}" for name in varied)])
 
 
 def run_cells(cells, run):
@@ -100,14 +101,14 @@ def run_cells(cells, run):
     results, left_out, ranks = [], [], cells[0].ranks
     for i, args in enumerate(cells, 1):
         if ranks.is_master:
-            print(f"\n==== {i} of {len(cells)}: {name_of(args)}", flush=True)
+            print(f"\n==== {i} of {len(cells)}: {name_of(args, cells)}", flush=True)
         try:
             results += run(args)
         except UserError as e:
-            if ranks.world_size > 1:
+            if ranks.world_size > 1 or isinstance(e, Interrupted):
                 raise
             print(f"left out: {e}", flush=True)
-            left_out.append(f"{args.task} {args.method[0]}: {e}")
+            left_out.append(f"{name_of(args, cells)}: {e}")
     if results and ranks.is_master:
         print("\nAccuracy on the test part, %:\n")
         paths = [path for r in results for path in siblings(r["file"])]
