@@ -257,7 +257,7 @@ TEMPLATES = {  # prediction_template: {family: (prompt, label)}
 }
 LABEL_STYLES = [name.removeprefix("ft_cot_") for name in TEMPLATES if name.startswith("ft_cot_")]  # --label_style
 for template, families in TEMPLATES.items():  # what a label has between rationale and answer announces the answer: '-->'
-    PREFIXES.setdefault(template, families["decoder"][1].partition("{r}")[2].partition("{a}")[0].strip() or None)
+    PREFIXES.setdefault(template, next(iter(families.values()))[1].partition("{r}")[2].partition("{a}")[0].strip() or None)
 
 
 def format_sample(template, family, question, rationale="", answer="", examples=""):
