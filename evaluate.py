@@ -2,7 +2,7 @@
 
     python evaluate.py generate --model DIR --prompts FILE.jsonl --out FILE.jsonl     # {"prompt": ...} a line
     python evaluate.py score saved/completion_data/*/*.json [--part train|test|all] [--json]
-    python evaluate.py table [--saved saved]
+    python evaluate.py table [--format markdown]     # beside the paper's values;  plot degree --out FILE.png: figures
     python evaluate.py show FILE    # wrong, right, unreadable completions to read;  diff FILE FILE: where two runs differ
 
 Only `generate` imports torch.  Completion datasets are read and made in data/completions.py, looked at in data/look.py.
@@ -421,12 +421,12 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
     judged = judge_rows(metadata, rows, rules)
     def percent(flags):
         return round(100 * sum(flags) / len(rows), 2)
-    correct = sum(outcome == "right" for _, outcome, _ in judged)
-    low, high = wilson(correct, len(rows))
+    correct, questions = sum(outcome == "right" for _, outcome, _ in judged), len({row["sample_index"] for row in rows})
+    low, high = wilson(correct * questions / len(rows), questions)  # several answers to a question are not independent
     names = {"task": "dataset_key", "model": "base_model", "method": "completion_key", "train_key": "train_key", "epoch": "epoch",
-             "template": "prediction_template"}
+             "template": "prediction_template", "run": "run"}
     return {"file": str(path), **{name: metadata.get(key) for name, key in names.items()}, "part": part, "split": split, "rules": rules,
-            "n": len(rows), "correct": correct, "accuracy": round(100 * correct / len(rows), 2),
+            "n": len(rows), "questions": questions, "correct": correct, "accuracy": round(100 * correct / len(rows), 2),
             "low": round(low, 2), "high": round(high, 2),
             **{r: percent(v[r].correct for _, _, v in judged) for r in ("paper", "flexible")},
             **{k: percent(getattr(v[rules], k) for _, _, v in judged) for k in ("contains_answer", "correct_format")},

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from data import batch, files, teacher
-from data.files import (UserError, base_model, completion_path, finetune_key, finetune_path, student_path, teacher_key,
-                        train_key)
+from data import batch, files, filters, look, studies, teacher
+from data.files import (UserError, base_model, finetune_key, finetune_path, student_path, teacher_file, teacher_key,
+                        teacher_name, test_file, train_key)
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
@@ -37,7 +37,7 @@ def teacher_complete(args):
     """-> complete(prompts, n, temperature, max_new_tokens, stop) of the toy or the local model that --teacher names."""
     if args.teacher == "toy":
         from data.toy import toy_teacher
-        return functools.partial(toy_teacher, seed=args.seed)
+        return functools.partial(toy_teacher, seed=args.data_seed)
     return local_complete(args, *evaluate.load_model(args.teacher.removeprefix("hf:")))
 
 
@@ -47,16 +47,8 @@ def local_complete(args, model, tokenizer, family, path=None, method=None):
     too_long = "cut" if (method or args.teacher_method) == "fs_cot" else "skip"  # few-shot prompts lose examples, not the question
     def complete(prompts, n, temperature, max_new_tokens, stop):
         return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop,
-                                 args.eval_batch_size, args.seed, too_long, journal=path or teacher_file(args))
+                                 args.eval_batch_size, args.seed if path else args.data_seed, too_long, journal=path or teacher_file(args))
     return complete
-
-
-def teacher_name(args):
-    return "toy_teacher" if args.teacher == "toy" else base_model(args.teacher.removeprefix("hf:"))
-
-
-def teacher_file(args):
-    return completion_path(args.saved, teacher_name(args), teacher_key(args), args.task)
 
 
 def is_made(stage, args, path, settings):
@@ -77,14 +69,19 @@ def teacher_metadata(args):
             "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
 
 
+def at_sample_degree(args):
+    return argparse.Namespace(**vars(args) | {"degree": args.sample_degree})
+
+
 def sample(args):
-    """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published."""
-    path = teacher_file(args)
+    """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published.
+    (In a grid the largest of its degrees; cells that want fewer take the first.)"""
+    path, args = teacher_file(args), at_sample_degree(args)
     if teacher.is_elsewhere(args):
         return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
-                "seed": args.seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": files.fingerprint(samples)}
+                "seed": args.data_seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": files.fingerprint(samples)}
     if args.teacher.startswith("hf:"):
         import train_loop
         settings["model"] = files.model_fingerprint(args.teacher[3:])
@@ -114,7 +111,8 @@ def family_of(args):
 
 
 def label_template(args, method):
-    return f"{method}_{'token' if args.label_style in teacher.API_FAMILIES else args.label_style}"
+    name = f"{method}_{args.label_style}"
+    return name if name in tasks.TEMPLATES else f"{method}_token"  # API styles; a style of one's own may have no ft
 
 
 def rationale_of(row):
@@ -125,7 +123,8 @@ def rationale_of(row):
 
 
 def correct_rationales(args, path, train):
-    """-> (rows kept, rows looked at): completions 0 .. degree-1 of the training samples, and those whose answer is right."""
+    """-> (rows kept, rows looked at): completions 0 .. degree-1 of the training samples, and of those with a rationale the right
+    ones, less what the flags of data/filters.py leave out."""
     metadata, rows = evaluate.read_completions(path, args.task)
     evaluate.check_rows(path, rows, args.task, tasks.load(args.task, args.data), args.data)
     wanted = set(train)
@@ -134,19 +133,22 @@ def correct_rationales(args, path, train):
         print(f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}")
     template = metadata.get("prediction_template")
     rules = teacher.rules_of(args, metadata)
-    right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], rules).correct]
-    kept = [row for row in right if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
+    judged = [(row, tasks.judge(args.task, template, row.get("completion"), row["answer"], rules)) for row in rows]
+    right = sum(verdict.correct for _, verdict in judged)
+    judged = [(row, verdict) for row, verdict in judged
+              if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
+    kept = filters.choose(args, judged)
     if not kept:
-        raise UserError(f"no correct rationale is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples "
-                        f"in {path}, {len(right)} are right by the {rules} rules and 0 of those explain anything; "
-                        "try --rules flexible, another --teacher or a larger --degree")
-    return kept, rows
+        raise UserError(f"no {'correct ' if args.filter == 'right' else ''}rationale is left for {args.task}: of the {len(rows)} completions "
+                        f"of {len(train)} training samples in {path}, {right} are right by the {rules} rules and {len(judged)} explain "
+                        "anything; try --rules flexible, another --teacher or a larger --degree")
+    return filters.leave_out(args, kept, rationale_of), rows
 
 
 def curation(args, method):
     """-> (path of the fine-tuning file, the settings it is to be made with, training indices)."""
     family, template, completions = family_of(args), label_template(args, method), teacher_file(args)
-    train, _ = tasks.set_aside(tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.seed)
+    train, _ = tasks.set_aside(tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.data_seed)
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
@@ -154,7 +156,8 @@ def curation(args, method):
     settings = {"source": source, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
     if method == "ft_cot":
         rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
-        settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules}
+        settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules, **files.curation_options(args)}
+        settings |= {"data_seed": args.data_seed} if args.filter == "random" else {}
     return finetune_path(args, method, family), settings, train
 
 
@@ -237,39 +240,27 @@ def train(args, method, data_file):
 
 # ---------------- 4. Evaluate on the test questions (paper §4)
 
-def api_student(args, method):
-    """-> of a student behind an API: the file its job's ids are kept in, its completion file, and what that says it is."""
-    key, run_key = (finetune_key(args, method), train_key(args, method)) if method in FINE_TUNED else (None, None)
-    who = {"base_model": base_model(args.student), "completion_key": method, "finetune_key": key, "train_key": run_key}
-    note = Path(args.saved) / "model_metadata" / f"B_{who['base_model']}" / f"F_{key}__T_{run_key}.json"
-    part = f"T_{run_key}" if run_key else f"S_{args.split}"
-    return note, completion_path(args.saved, who["base_model"], method, args.task, part), who
-
-
-def test_file(args, method, epoch):
-    """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
-    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method in FINE_TUNED else [f"S_{args.split}"]
-    return completion_path(args.saved, base_model(args.student), method, args.task, *parts)
-
-
 def test(args, method, model, tokenizer, family, epoch, made_by):
     """Write the completion dataset of a student on the test part, unless it is there; -> its score."""
     template = label_template(args, method) if method in FINE_TUNED else method
     path = test_file(args, method, epoch)
     samples = tasks.load(args.task, args.data)
     train, indices = tasks.load_split(args.task, args.split, args.data)
-    validation = tasks.set_aside(train, args.validation if method in FINE_TUNED else 0, args.seed)[1]
+    rest, validation = tasks.set_aside(train, args.validation if method in FINE_TUNED else 0, args.data_seed)
     samples = [samples[i] for i in indices + validation]
     settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
                 "samples": files.fingerprint(samples)}
+    k, temperature = args.eval_samples, args.eval_temperature if args.eval_samples > 1 else 0.0
+    settings |= {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
         examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
         complete, start = local_complete(args, model, tokenizer, family, path, method), time.perf_counter()
-        data = evaluate.make_completions(complete, samples, method, family, template, 1, 0.0, args.max_new_tokens, examples)
+        data = evaluate.make_completions(complete, samples, method, family, template, k, temperature, args.max_new_tokens, examples)
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
                     "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
                     "train_key": train_key(args, method) if method in FINE_TUNED else None, "epoch": epoch,
-                    "prediction_template": template, "split": args.split, "part": "test", "validation": validation, "settings": settings}
+                    "prediction_template": template, "split": args.split, "part": "test", "validation": validation, "settings": settings,
+                    "run": studies.about(args, method, len(rest), model)}
         if args.ranks.is_master:
             write_completions(path, metadata, data)
         seconds, log = time.perf_counter() - start, student_path(args, method) / "log.jsonl"
@@ -279,6 +270,8 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
     print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
                      f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")
+    if k > 1:
+        print_once(args, f"evaluate: {on_master(args, lambda: look.describe_votes(result, args.data))}")
     return result
 
 
@@ -315,17 +308,20 @@ def print_once(args, text):
 # ---------------- Command line
 
 def parse_args(argv=None):
-    """-> the flags, with the defaults that depend on the task filled in."""
+    """-> [the flags of one cell]: more than one where flags have several values, with the defaults that depend on the task filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
-    what.add_argument("--task", default="toy", help=f"one of {', '.join(tasks.TASKS)} (default toy)")
-    what.add_argument("--teacher", help="toy; hf:NAME, a local model; or a model behind an API, or whose completions lie in "
+    what.add_argument("--study", choices=studies.STUDIES, help="one of the paper's experiments: its flags stand in data/studies.py")
+    what.add_argument("--task", nargs="+", default=["toy"], help=f"all (but toy), or of {', '.join(tasks.TASKS)} (default toy)")
+    what.add_argument("--teacher", nargs="+", help="toy; hf:NAME, a local model; or a model behind an API, or whose completions lie in "
                       "--saved (default text-davinci-002, the paper's)")
-    what.add_argument("--student", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
+    what.add_argument("--student", nargs="+", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
     what.add_argument("--method", nargs="+", choices=[*PROMPTED, *FINE_TUNED], default=list(FINE_TUNED), help="default: ft ft_cot")
     what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all", help="one stage (default all)")
-    what.add_argument("--split", default="default", help="default, template, few_shot_8, few_shot_32, few_shot_128 (default: default)")
-    what.add_argument("--seed", type=int, default=0, help="of sample order, dropout, the toy's teacher and student (default 0)")
+    what.add_argument("--split", nargs="+", default="default", help="default, template, few_shot_8, few_shot_32, few_shot_128 (default: default)")
+    what.add_argument("--seed", "--seeds", nargs="+", type=int, default=0, help="of sample order, dropout, the toy student, sampling from "
+                      "students (default 0)")
+    what.add_argument("--data_seed", type=int, default=0, help="of local teachers, the validation share, --filter random (default 0)")
     where = parser.add_argument_group("where")
     where.add_argument("--saved", default="saved", help="folder for everything a run writes (default saved)")
     where.add_argument("--data", default="data", help="folder of the prepared benchmarks (default data)")
@@ -333,19 +329,20 @@ def parse_args(argv=None):
     where.add_argument("--out", help="folder of the student (default under --saved; for one --method)")
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
     teacher.add_flags(parser)
-    curating = parser.add_argument_group("curation (paper §3.2)")
+    curating = parser.add_argument_group("curation (paper §3.2; --filter and below beyond it)")
     curating.add_argument("--rules", choices=["paper", "flexible"], help="what counts as right (default paper; of chat models, flexible)")
-    curating.add_argument("--label_style", choices=["token", "natural", *teacher.API_FAMILIES], default="token",
+    curating.add_argument("--label_style", choices=[*tasks.LABEL_STYLES, *teacher.API_FAMILIES], default="token",
                           help="of labels (default token: '{question} ###' -> ' {rationale} --> {answer}'; gpt3, chat: for an API)")
+    filters.add_flags(curating)
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
-    training.add_argument("--batch_size", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
+    training.add_argument("--batch_size", nargs="+", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
     training.add_argument("--micro_batch_size", type=int,
                           help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
     training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: 1024 on CPUs, no bound on GPUs)")
     training.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                           help="lay samples end to end instead of padding them, where the student gives the same logits so (default on)")
-    training.add_argument("--lr", type=float, help="learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")
+    training.add_argument("--lr", nargs="+", type=float, help="learning rate of AdamW (default 3e-4, the paper's; toy 1e-3)")
     training.add_argument("--schedule", choices=["constant", "linear", "cosine"], default="constant",
                           help="of the learning rate after warm-up, down to 0 at the last step (default constant, the paper's)")
     training.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises from 0 (default 0, the paper's)")
@@ -369,28 +366,34 @@ def parse_args(argv=None):
     evaluating.add_argument("--eval_every", type=int, default=0, help="epochs between evaluations (default 0: at the end only; paper 1)")
     evaluating.add_argument("--validation", type=float, default=0.0, help="share of train set aside to choose the epoch by (default 0)")
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
+    evaluating.add_argument("--eval_samples", type=int, default=1, help="K answers a question, sampled: majority vote, pass@k (default 1, greedy)")
+    evaluating.add_argument("--eval_temperature", type=float, default=0.7, help="of --eval_samples above 1 (default 0.7)")
     evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once (default 64)")
-    args = parser.parse_args(argv)
-    for name, value in DEFAULTS["toy" if args.task == "toy" and not args.finetune_data else "paper"].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.micro_batch_size is None:
-        args.micro_batch_size = args.batch_size
-    return args
+    lines = studies.command_lines(sys.argv[1:] if argv is None else argv)
+    cells = [cell for line in lines for cell in studies.expand(parser.parse_args(line))]
+    for args in cells:
+        args.usual = DEFAULTS["toy" if args.task == "toy" and not args.finetune_data else "paper"]
+        for name, value in args.usual.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        if args.micro_batch_size is None:
+            args.micro_batch_size = args.batch_size
+    return cells
 
 
 def check(args):
     """Refuse what cannot work before anything is computed.  Raises UserError."""
     teacher.check(args)
+    filters.check(args)
     if not (args.dry_run and args.task == "all"):
         tasks.find_task(args.task)
     for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
         base_model(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
-                 "teacher_max_new_tokens", "keep"):
+                 "eval_samples", "teacher_max_new_tokens", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
-    for name in ("temperature", "weight_decay", "checkpoint_every", "checkpoint_steps", "eval_every", "seed", "micro_tokens", "warmup",
+    for name in ("temperature", "weight_decay", "checkpoint_every", "checkpoint_steps", "eval_every", "seed", "data_seed", "micro_tokens", "warmup",
                  "max_grad_norm", "log_every", "validation"):
         if not 0 <= getattr(args, name) < 10**9:  # so that nan is refused too
             raise UserError(f"--{name} {getattr(args, name)} must be 0 or more, and below a billion")
@@ -406,18 +409,35 @@ def check(args):
         raise UserError(f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7")
 
 
+def ends_with(args):
+    """-> the file that a run ends with, and the one of its teacher: what tells the cells of a grid apart."""
+    teachers = teacher_file(args)
+    if args.stage == "sample":
+        return teachers, teachers
+    method = args.method[-1]
+    file = finetune_path(args, method, family_of(args)) if args.stage == "curate" else test_file(args, method, 0)
+    return file, teachers
+
+
+def needs_torch(args):
+    on_api = args.label_style in teacher.API_FAMILIES
+    return not (args.stage in ("sample", "curate") or on_api) or args.teacher.startswith("hf:") and args.stage in ("all", "sample")
+
+
 def run(args):
-    """The method: one call a stage."""
+    """The method: one call a stage.  -> the scores of the methods that were evaluated."""
     stages = ("sample", "curate", "train", "evaluate") if args.stage == "all" else (args.stage,)
     methods = args.method[-1:] if args.finetune_data else args.method
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
         sample(args)
     if args.stage == "curate" and "ft_cot" in fine_tuned and teacher.is_elsewhere(args):
-        teacher.publish_partial(args, teacher_file(args), teacher_metadata(args))
+        teacher.publish_partial(at_sample_degree(args), teacher_file(args), teacher_metadata(args))
     if "curate" in stages:
         for method in fine_tuned:
-            on_master(args, lambda: curate(args, method))
+            path = on_master(args, lambda: curate(args, method))
+            if args.show:
+                filters.show(path, args.show)
     results = []
     for method in methods:
         if "train" in stages and method in FINE_TUNED:
@@ -425,32 +445,36 @@ def run(args):
             if args.stage == "train" and not args.finetune_data:
                 on_master(args, lambda: curate(args, method, write=False))
             if args.label_style in teacher.API_FAMILIES:
-                batch.fine_tune(args, Path(data_file), api_student(args, method)[0])
+                batch.fine_tune(args, Path(data_file), batch.student(args, method)[0])
             else:
                 train(args, method, Path(data_file))
         if "evaluate" in stages and args.label_style in teacher.API_FAMILIES:
-            results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *api_student(args, method)))
+            results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *batch.student(args, method)))
         elif "evaluate" in stages:
             results.append(test_finished(args, method, student_path(args, method)))
-    if results and args.ranks.is_master:
-        evaluate.report(results, args.student, args.seed, args.saved)
+    return results
 
 
 def main(argv=None):
     """Check, run, and turn every error a user can mend into one sentence and a failing exit."""
-    args = parse_args(argv)
+    cells = parse_args(argv)
     try:
-        check(args)
-        on_api = args.label_style in teacher.API_FAMILIES
-        if (args.stage in ("sample", "curate") or on_api) and not (args.teacher.startswith("hf:") and args.stage in ("all", "sample")):
-            args.ranks = argparse.Namespace(world_size=1, is_master=True)  # no model, so no torch
-            if os.environ.get("RANK", "0") != "0":
-                return  # under torchrun: one process is enough
-        else:
+        for args in cells:
+            check(args)
+        cells = studies.gather(cells, ends_with)
+        ranks = argparse.Namespace(world_size=1, is_master=True)
+        if any(needs_torch(args) for args in cells):
             import train_loop
-            args.ranks = train_loop.setup_ranks(evaluate.find_device(args.device))
-        run(args)
-        if args.ranks.world_size > 1:
+            ranks = train_loop.setup_ranks(evaluate.find_device(cells[0].device))
+        elif os.environ.get("RANK", "0") != "0":
+            return  # under torchrun: one process is enough
+        for args in cells:
+            args.ranks = ranks
+        if len(cells) > 1:
+            studies.run_cells(cells, run)
+        elif (results := run(args)) and ranks.is_master:
+            evaluate.report(results, args.student, args.seed, args.saved)
+        if ranks.world_size > 1:
             train_loop.dist.destroy_process_group()
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")

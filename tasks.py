@@ -183,9 +183,8 @@ class Verdict(NamedTuple):
     correct_format: bool    # the template's prefix is there, or none is expected
 
 
-# prediction_template -> what stands before the answer (None: the answer comes at once)
-PREFIXES = {None: None, "zs": None, "zs_cot": None, "ft_token": None, "ft_natural": None, "fs_cot": "The answer is",
-            "zs_cot_one_step": "The answer is", "ft_cot_token": "-->", "ft_cot_natural": "Therefore, the answer is"}
+# prediction_template -> what stands before the answer (None: the answer comes at once); the others follow from TEMPLATES, below
+PREFIXES = {None: None, "fs_cot": "The answer is", "zs_cot_one_step": "The answer is"}
 
 
 def paper_prediction(rules, prefix, text):
@@ -256,6 +255,9 @@ TEMPLATES = {  # prediction_template: {family: (prompt, label)}
                        "openai": (GPT3, " {r}\n\n-->\n\n{a} END"), "chat": ("{q}", "{r} --> {a}")},
     "ft_cot_natural": {"decoder": ("Q: {q}\n\nA: Let's think step by step.\n\n", " {r}\n\nTherefore, the answer is {a}")},
 }
+LABEL_STYLES = [name.removeprefix("ft_cot_") for name in TEMPLATES if name.startswith("ft_cot_")]  # --label_style
+for template, families in TEMPLATES.items():  # what a label has between rationale and answer announces the answer: '-->'
+    PREFIXES.setdefault(template, next(iter(families.values()))[1].partition("{r}")[2].partition("{a}")[0].strip() or None)
 
 
 def format_sample(template, family, question, rationale="", answer="", examples=""):

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data.files import UserError, progress, write_json
+from data.files import Interrupted, UserError, progress, write_json
 from data.training_log import log, mean_loss, start_log, status
 from tasks import encode_prompt
 
@@ -489,5 +489,5 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
         if stop and step < steps:
-            raise UserError(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
+            raise Interrupted(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
         yield epoch

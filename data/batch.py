@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 import uuid
+from pathlib import Path
 
 import evaluate
 import tasks
@@ -274,6 +275,16 @@ async def find_or_create_job(run, model, file_id):
     return await run.client.fine_tuning.jobs.create(model=model, training_file=file_id, method={"type": "supervised"})
 
 
+def student(args, method):
+    """-> of a student behind an API: the file its job's ids are kept in, its completion file, and what that says it is."""
+    tuned = method.startswith("ft")
+    key, run_key = (files.finetune_key(args, method), files.train_key(args, method)) if tuned else (None, None)
+    who = {"base_model": files.base_model(args.student), "completion_key": method, "finetune_key": key, "train_key": run_key}
+    note = Path(args.saved) / "model_metadata" / f"B_{who['base_model']}" / f"F_{key}__T_{run_key}.json"
+    parts = [f"T_{run_key}" if tuned else f"S_{args.split}", *files.samples_suffix(args)]
+    return note, files.completion_path(args.saved, who["base_model"], method, args.task, *parts), who
+
+
 def test(args, template, note_path, path, who):
     """Write the completion file of a student behind an API, on the test questions; -> its score."""
     model = args.student
@@ -286,7 +297,8 @@ def test(args, template, note_path, path, who):
     samples = tasks.load(args.task, args.data)
     samples = [samples[i] for i in indices]
     examples = evaluate.few_shot_examples(args.task, args.data) if template == "fs_cot" else ""
-    plan = Plan(model, "chat" if family == "chat" else "completions", template, family, args.max_new_tokens, examples=examples)
+    plan = Plan(model, "chat" if family == "chat" else "completions", template, family, args.max_new_tokens,
+                args.eval_temperature if args.eval_samples > 1 else 0.0, args.eval_samples, args.eval_samples, examples=examples)
     metadata = {"dataset_key": args.task, **who, "epoch": None, "prediction_template": template, "split": args.split, "part": "test"}
     fill(args, plan, path, with_settings(metadata, plan, samples), samples)
     return evaluate.score(path, "test", args.split, args.data)

@@ -13,6 +13,9 @@ def few_shot_examples(task, data_dir="data"):
     """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
     path = Path(data_dir) / "few_shot_cot_prompts.json"
     prompt = files.read_json(path).get(task) if path.exists() else None
+    if prompt is None and task == "toy":
+        from data.toy import TOY_EXAMPLES
+        return TOY_EXAMPLES
     if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
         raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
                         "(there is none for tracking_shuffled_objects)")

@@ -16,6 +16,10 @@ class UserError(Exception):
     """Something the user can mend; the message is one sentence: what is wrong, where, and what to do."""
 
 
+class Interrupted(UserError):
+    """The run was told to stop: nothing else is to be started."""
+
+
 def write_whole(path, text):
     """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it."""
     path = Path(path)
@@ -136,11 +140,26 @@ def teacher_key(args):
     return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "")
 
 
+CURATION = {  # flag that chooses rationales: (its default, which is the paper's, what stands in names where it is another)
+    "filter": ("right", "{}"), "max_rationale_words": (0, "{}words"), "max_per_question": (0, "{}each"),
+    "max_similarity": (1.0, "similar{:g}"), "drop_unfinished": (False, "finished"), "drop_duplicates": (False, "unique")}
+
+
+def curation_options(args):
+    """-> {flag: value} of the flags of CURATION that are not at their default."""
+    return {flag: getattr(args, flag) for flag, (default, _) in CURATION.items() if getattr(args, flag) != default}
+
+
 def run_suffix(args, method="ft_cot"):
-    """What distinguishes two curated sets or students of one task besides the method: degree, split and validation share."""
-    parts = ((f"{args.degree}aug", args.degree > 1 and method != "ft"), (args.split, args.split != "default"),
-             (f"v{args.validation:g}", args.validation))
-    return "".join(f"_{part}" for part, is_there in parts if is_there)
+    """What distinguishes two curated sets or students of one task besides the method: of those who learn from rationales
+    degree, teacher and choice; split and validation share."""
+    parts = []
+    if method != "ft":
+        parts += [f"{args.degree}aug"] if args.degree > 1 else []
+        parts += [f"by_{base_model(args.teacher.removeprefix('hf:'))}"] if args.teacher != args.usual["teacher"] else []
+        parts += [CURATION[flag][1].format(value) for flag, value in curation_options(args).items()]
+    parts += [part for part, is_there in ((args.split, args.split != "default"), (f"v{args.validation:g}", args.validation)) if is_there]
+    return "".join(f"_{part}" for part in parts)
 
 
 def finetune_key(args, method):
@@ -150,10 +169,16 @@ def finetune_key(args, method):
 
 
 def train_key(args, method):
+    """--train_key, or the method and whatever distinguishes this training from the usual one of the task."""
     if args.train_key:
         return safe_key(args.train_key)
-    style = "" if args.label_style == "token" else f"_{args.label_style}"
-    return safe_key(method + style + run_suffix(args, method) + (f"_s{args.seed}" if args.seed else ""))
+    usual_temperature = 0.7 if args.degree > 1 else 0.0  # the paper's
+    parts = ((args.label_style, args.label_style != "token"), (args.teacher_method, method != "ft" and args.teacher_method != "zs_cot"),
+             (f"t{round(100 * args.temperature)}", method != "ft" and args.temperature != usual_temperature))
+    late = ((f"lr{args.lr:g}", args.lr != args.usual["lr"]), (f"b{args.batch_size}", args.batch_size != args.usual["batch_size"]),
+            (f"s{args.seed}", args.seed))
+    before, after = ("".join(f"_{part}" for part, is_there in some if is_there) for some in (parts, late))
+    return safe_key(method + before + run_suffix(args, method) + after)
 
 
 def base_model(name):
@@ -170,6 +195,25 @@ def finetune_path(args, method, family):
     suffix = {"openai": ".jsonl", "chat": "_chat.jsonl"}.get(family, ".json")
     folder = "P_openai" if family in ("openai", "chat") else f"P_{family}"
     return Path(args.saved) / "finetune_data" / folder / f"F_{safe_key(finetune_key(args, method))}{suffix}"
+
+
+def teacher_name(args):
+    return "toy_teacher" if args.teacher == "toy" else base_model(args.teacher.removeprefix("hf:"))
+
+
+def teacher_file(args):
+    return completion_path(args.saved, teacher_name(args), teacher_key(args), args.task)
+
+
+def test_file(args, method, epoch):
+    """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
+    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method.startswith("ft") else [f"S_{args.split}"]
+    return completion_path(args.saved, base_model(args.student), method, args.task, *parts, *samples_suffix(args))
+
+
+def samples_suffix(args):
+    """K sampled answers a question instead of one greedy answer"""
+    return [f"K_{args.eval_samples:02d}_t{round(100 * args.eval_temperature)}"] if args.eval_samples > 1 else []
 
 
 def student_path(args, method):

@@ -34,9 +34,9 @@ ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
 def add_flags(parser):
     """How a teacher is asked.  The API key is not among them: a flag could be read in `ps`."""
     teaching = parser.add_argument_group("teaching (paper §3.1)")
-    teaching.add_argument("--teacher_method", choices=["zs", "zs_cot", "zs_cot_one_step", "fs_cot"], default="zs_cot",
+    teaching.add_argument("--teacher_method", nargs="+", choices=["zs", "zs_cot", "zs_cot_one_step", "fs_cot"], default="zs_cot",
                           help="how the teacher is prompted (default zs_cot, two steps; one step costs less; zs: no rationale)")
-    teaching.add_argument("--degree", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
+    teaching.add_argument("--degree", nargs="+", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
     teaching.add_argument("--temperature", type=float, help="of the teacher (default 0; toy 0.7; paper 0, and 0.7 where D > 1)")
     teaching.add_argument("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, the paper's)")
     api = parser.add_argument_group("API teachers (key: OPENAI_API_KEY in the environment)")

@@ -34,6 +34,14 @@ TOY_VOCABULARY = [*NAMES, *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHR
                   "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->"]
 
 
+TOY_EXAMPLES = """Q: A coin is heads up. Ann flips the coin. Ben keeps the coin. Is the coin still heads up?
+A: Ann flips it: heads to tails. Ben keeps it: tails to tails. The answer is no.
+
+Q: A coin is heads up. Leo keeps the coin. Mia keeps the coin. Is the coin still heads up?
+A: Leo keeps it: heads to heads. Mia keeps it: heads to heads. The answer is yes.
+"""  # of Few-shot-CoT
+
+
 def toy_rationale(question, rng, phrases):
     """Follow the coin; in one rationale of five, lose track at one person, which turns the end around."""
     steps = re.findall(r"(\w+) (flips|keeps) the coin", question)
@@ -49,13 +57,15 @@ def toy_rationale(question, rng, phrases):
 def toy_teacher(prompts, n=1, temperature=0.0, max_new_tokens=128, stop=None, seed=0):
     """An embedded teacher with the signature of `complete`: n completions a prompt, the same ones for the same seed.
 
-    It answers both steps of Zero-shot-CoT.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
+    It answers both steps of Zero-shot-CoT, and Few-shot-CoT with a sentence that states the answer.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
     def one(prompt, k):
         if prompt.endswith(tasks.COT_ANSWER):
             sides = re.findall(r"heads|tails", prompt)
             return " yes." if sides[-1] == "heads" else " no."
         rng = random.Random(f"{seed} {k} {prompt}" if temperature else f"{seed} {prompt}")
-        return " " + toy_rationale(prompt, rng, rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0])
+        rationale = toy_rationale(prompt.rpartition("Q:")[2], rng, rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0])
+        answer = "yes" if re.findall(r"heads|tails", rationale)[-1] == "heads" else "no"
+        return f" {rationale}" + f" {tasks.PREFIXES['fs_cot']} {answer}." * prompt.endswith("\nA:")
     return [[{"completion": one(prompt, k), "finish_reason": "stop"} for k in range(n)] for prompt in prompts]
 
 

@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -330,16 +331,16 @@ def test_score_prints_a_line_or_an_object_for_each_file(tmp_path):
 
 def test_the_table_shows_the_papers_teacher_values_beside_ours(shared):
     done = run("evaluate.py", "table", "--saved", shared / "saved")
-    for value in PUBLISHED.values():
-        assert f"(paper {value:.2f})" in done.stdout and f"{value:.2f} [" in done.stdout
+    ours, paper = (next(line.split() for line in done.stdout.splitlines() if re.match(pattern, line)) for pattern in ("text-davinci-002", "  +paper"))
+    assert ours[2:] == paper[1:] == [f"{PUBLISHED[task]:.2f}" for task in tasks.TASKS if task in PUBLISHED]
 
 
 def test_the_table_tells_the_last_epoch_from_the_best_on_test(tmp_path):
     for epoch, share in [(1, 2), (2, 4), (3, 3)]:
         completion_file(tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json", correct=lambda i: i % share, completion_key="ft",
                         train_key="ft", epoch=epoch)
-    table, skipped = look.collect(tmp_path, tmp_path)
-    assert not skipped and table["m", "ft"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch (the paper's protocol)"]["toy"]["epoch"] == 2
+    table, skipped = look.collect(look.saved_files(tmp_path), tmp_path)
+    assert not skipped and table["m", "ft, last epoch"]["toy"]["epoch"] == 3 and table["m", "ft, best test epoch (the paper's protocol)"]["toy"]["epoch"] == 2
 
 
 def test_show_and_diff_print_what_there_is_to_look_at(tmp_path, capsys):
@@ -362,9 +363,9 @@ def test_the_table_has_a_row_for_the_epoch_chosen_on_the_validation_share(tmp_pa
     for epoch, on_test, on_validation in [(1, 2, 10), (2, 5, 4), (3, 3, 3)]:
         completion_file(tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json", train_key="ft", epoch=epoch, validation=aside,
                         correct=lambda i: i % (on_validation if i in aside else on_test))
-    table, skipped = look.collect(tmp_path, tmp_path)
+    table, skipped = look.collect(look.saved_files(tmp_path), tmp_path)
     chosen = {label.partition(",")[2]: row["toy"]["epoch"] for (_, label), row in table.items()}
-    assert not skipped and chosen == {"": 3, " best test epoch (the paper's protocol)": 2, " epoch chosen on validation": 1}
+    assert not skipped and chosen == {" last epoch": 3, " best test epoch (the paper's protocol)": 2, " epoch chosen on validation": 1}
     assert {row["toy"]["n"] for row in table.values()} == {len(test)}
 
 

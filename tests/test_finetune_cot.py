@@ -74,7 +74,7 @@ def test_a_run_with_the_same_seed_writes_the_same_bytes_elsewhere(small_toy, tmp
 
 
 @pytest.mark.parametrize("flags, stage, change", [
-    (("--seed", 1), "sample", "seed 0 -> 1"), (("--teacher_max_new_tokens", 64), "sample", "max_new_tokens 128 -> 64"),
+    (("--data_seed", 1), "sample", "seed 0 -> 1"), (("--teacher_max_new_tokens", 64), "sample", "max_new_tokens 128 -> 64"),
     (("--lr", 0.01), "train", "lr 0.001 -> 0.01"), (("--rules", "flexible"), "curate", "rules paper -> flexible"),
     (("--max_new_tokens", 40), "evaluate", "max_new_tokens 48 -> 40"), (("--epochs", 1), "train", "epochs 2 -> 1")])
 def test_changed_settings_make_a_stage_again_and_are_named(small_toy, tmp_path, capsys, flags, stage, change):
@@ -351,7 +351,7 @@ def test_help_answers_within_half_a_second_and_names_every_flag_with_its_default
 
 
 def test_the_paper_s_setting_is_the_default_for_every_benchmark():
-    args = finetune_cot.parse_args(["--task", "gsm8k"])
+    [args] = finetune_cot.parse_args(["--task", "gsm8k"])
     assert (args.lr, args.batch_size, args.epochs, args.weight_decay, args.precision, args.max_length, args.degree, args.temperature) == \
         (3e-4, 8, 20, 0.01, "fp32", 512, 1, 0.0)
-    assert finetune_cot.parse_args(["--stage", "train", "--finetune_data", "f", "--out", "o"]).lr == 3e-4  # a file of one's own, too
+    assert finetune_cot.parse_args(["--stage", "train", "--finetune_data", "f", "--out", "o"])[0].lr == 3e-4  # a file of one's own, too
