@@ -72,6 +72,13 @@ def write_completions(path, metadata, data):
     evaluate.remove_journals(path)
 
 
+def few_shot(args, method, settings):
+    """-> the few-shot prompt that a method needs, if any; it is one of the settings of what is made with it."""
+    examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
+    settings |= {"examples": files.fingerprint(examples)} if examples else {}
+    return examples
+
+
 def teacher_metadata(args):
     return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
             "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
@@ -88,9 +95,9 @@ def sample(args):
     if args.teacher.startswith("hf:"):
         import train_loop
         settings["model"] = files.model_fingerprint(args.teacher[3:])
+    examples = few_shot(args, args.teacher_method, settings)
     if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
-    examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
     data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
                                      args.temperature, args.teacher_max_new_tokens, examples)
     if args.ranks.is_master:
@@ -150,8 +157,9 @@ def curation(args, method):
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
-    source = files.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else files.file_sha256(completions)
-    settings = {"source": source, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
+    samples = files.fingerprint(tasks.load(args.task, args.data))
+    source = samples if method == "ft" else files.file_sha256(completions)
+    settings = {"source": source, "samples": samples, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
     if method == "ft_cot":
         rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
         settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules}
@@ -175,6 +183,8 @@ def curate(args, method, write=True):
         kept = total = [samples[i] for i in train]
     else:
         kept, total = correct_rationales(args, teacher_file(args), train)
+    if method != "ft" and files.file_sha256(teacher_file(args)) != settings["source"]:
+        raise UserError(f"{teacher_file(args)} was replaced by another run while it was read: start the same command again")
     rationales = [rationale_of(row) if method == "ft_cot" else "" for row in kept]
     template, family = settings["template"], settings["family"]
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
@@ -201,10 +211,14 @@ def student_source(args):
         return args.student
     from data.toy import make_toy_student
     folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
-    if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
-        make_toy_student(folder, args.seed)
+    with files.held(folder, args.ranks.is_master, patience=60):
+        if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
+            make_toy_student(folder, args.seed)
     on_master(args, lambda: None)  # the other ranks wait here
     return str(folder)
+
+
+TRAINED_WITH = ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length", "schedule", "warmup", "max_grad_norm")
 
 
 def train(args, method, data_file):
@@ -213,16 +227,16 @@ def train(args, method, data_file):
     data = files.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
     settings = {"student": files.model_fingerprint(source), "finetune_data": files.file_sha256(data_file)}
-    settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length", "schedule",
-                                                "warmup", "max_grad_norm")}
+    settings |= {k: getattr(args, k) for k in TRAINED_WITH}
     if Path(source).resolve() == out.resolve():
         raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
     state = on_master(args, lambda: files.claim_student_folder(out, settings))
     if state == "finished":
         return out
-    if state == "new" and not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
+    if not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
         for old in test_file(args, method, 0).parent.glob(f"D_{args.task}__T_{train_key(args, method)}__E_*.json"):
-            files.keep_aside(old)
+            if state == "new" or evaluate.read_completions(old)[0].get("settings", {}).get("model") != files.fingerprint(settings):
+                files.keep_aside(old)
     model, tokenizer, family = evaluate.load_model(source)
     if f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}" in Path(data_file).parts:
         raise UserError(f"{data_file} is not for {family} students like {args.student}: curate again with --family {family}")
@@ -248,7 +262,8 @@ def api_student(args, method):
 
 def test_file(args, method, epoch):
     """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
-    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method in FINE_TUNED else [f"S_{args.split}"]
+    seed = f"_s{args.seed}" if args.student == "toy" and args.seed else ""  # each seed makes a toy student of its own
+    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method in FINE_TUNED else [f"S_{args.split}{seed}"]
     return completion_path(args.saved, base_model(args.student), method, args.task, *parts)
 
 
@@ -262,8 +277,8 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     samples = [samples[i] for i in indices + validation]
     settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
                 "samples": files.fingerprint(samples)}
+    examples = few_shot(args, method, settings)
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
-        examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
         complete, start = local_complete(args, model, tokenizer, family, path, method), time.perf_counter()
         data = evaluate.make_completions(complete, samples, method, family, template, 1, 0.0, args.max_new_tokens, examples)
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
@@ -291,7 +306,15 @@ def test_finished(args, method, out):
     note = files.read_json(out / "run.json") if (out / "run.json").exists() else {}
     if not note.get("finished") or not isinstance(note.get("settings"), dict):
         raise UserError(f"there is no finished student in {out}: run --stage train")
-    epoch = note["settings"].get("epochs", args.epochs)
+    if not args.out:  # one of --out may have been trained on any file, with any flags
+        data_file, wanted = finetune_path(args, method, family_of(args)), {k: getattr(args, k) for k in TRAINED_WITH}
+        if args.stage == "evaluate" and data_file.exists() and (method == "ft" or teacher_file(args).exists()):
+            on_master(args, lambda: curate(args, method, write=False))
+            wanted["finetune_data"] = files.file_sha256(data_file)
+        files.check_settings(out, note["settings"], wanted)
+    epoch = note["settings"].get("epochs")
+    if type(epoch) is not int:
+        raise UserError(f"{out / 'run.json'} does not say after how many epochs the student was finished: train it again")
     return test(args, method, *evaluate.load_model(str(out)), epoch, files.fingerprint(note["settings"]))
 
 
@@ -412,26 +435,32 @@ def run(args):
     methods = args.method[-1:] if args.finetune_data else args.method
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
-        sample(args)
+        with files.held(teacher_file(args), args.ranks.is_master and not teacher.is_elsewhere(args)):  # the API has its journal
+            sample(args)
     if args.stage == "curate" and "ft_cot" in fine_tuned and teacher.is_elsewhere(args):
         teacher.publish_partial(args, teacher_file(args), teacher_metadata(args))
+    results, curated = [], {}
     if "curate" in stages:
         for method in fine_tuned:
-            on_master(args, lambda: curate(args, method))
-    results = []
+            with files.held(finetune_path(args, method, family_of(args)), args.ranks.is_master, patience=60):  # other seeds may share it
+                curated[method] = on_master(args, lambda: files.file_sha256(curate(args, method)))
     for method in methods:
         if "train" in stages and method in FINE_TUNED:
             data_file = args.finetune_data or finetune_path(args, method, family_of(args))
             if args.stage == "train" and not args.finetune_data:
                 on_master(args, lambda: curate(args, method, write=False))
+            if method in curated and curated[method] != files.file_sha256(data_file):
+                raise UserError(f"{data_file} was replaced by another run since it was curated: start the same command again")
             if args.label_style in teacher.API_FAMILIES:
                 batch.fine_tune(args, Path(data_file), api_student(args, method)[0])
             else:
-                train(args, method, Path(data_file))
+                with files.held(student_path(args, method), args.ranks.is_master):
+                    train(args, method, Path(data_file))
         if "evaluate" in stages and args.label_style in teacher.API_FAMILIES:
             results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *api_student(args, method)))
         elif "evaluate" in stages:
-            results.append(test_finished(args, method, student_path(args, method)))
+            with files.held(test_file(args, method, args.epochs), args.ranks.is_master):
+                results.append(test_finished(args, method, student_path(args, method)))
     if results and args.ranks.is_master:
         evaluate.report(results, args.student, args.seed, args.saved)
 

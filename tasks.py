@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from data.files import UserError, read_json, safe_key
+from data.files import UserError, read_json, safe_key, whole_characters
 
 
 # ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
@@ -279,7 +279,7 @@ def format_sample(template, family, question, rationale="", answer="", examples=
 
 def encode_prompt(tokenizer, family, prompt):
     """-> token ids of a prompt, with what the tokenizer puts first; a decoder's prompt is to be continued, so no EOS."""
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(whole_characters(prompt))["input_ids"]
     return ids[:-1] if family == "decoder" and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 

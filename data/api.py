@@ -74,8 +74,8 @@ def read_reply(reply, api, n):
         said = said if api == "chat" else {"content": said}
         if not isinstance(said, dict) or not isinstance(said.get("content"), str | None):
             raise BadReply(f"a choice without a message: {json.dumps(choice)[:200]}")
-        reason, index = choice.get("finish_reason"), choice.get("index")
-        one = {"completion": said.get("content"), "finish_reason": reason if isinstance(reason, str) else None}
+        reason, index, text = choice.get("finish_reason"), choice.get("index"), said.get("content")
+        one = {"completion": text and files.whole_characters(text), "finish_reason": reason if isinstance(reason, str) else None}
         one |= {"refusal": str(said["refusal"])} if said.get("refusal") else {}
         found.setdefault(index if type(index) is int else place, one)
     usage, model = reply.get("usage"), reply.get("model")

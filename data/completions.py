@@ -2,6 +2,7 @@
 
 Any model behind `complete(prompts, n, temperature, max_new_tokens, stop)` makes one; evaluation and curation read it.
 """
+import json
 from pathlib import Path
 
 import tasks
@@ -38,7 +39,7 @@ def make_completions(complete, samples, method, family, template, degree=1, temp
     return data
 
 
-METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None} | {k: str | None for k in (
+METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None, "settings": dict | None} | {k: str | None for k in (
     "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
 ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
              "reasoning_completion": str | None}
@@ -53,8 +54,10 @@ def read_completions(path, task=None):
     if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
         raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
     for k, kind in METADATA_TYPES.items():
-        if not isinstance(metadata.get(k), kind):
-            raise UserError(f"{path}: {k} in its metadata is {metadata.get(k)!r}, which it cannot be: mend it")
+        if not isinstance(metadata.get(k), kind) or isinstance(metadata.get(k), bool):
+            raise UserError(f"{path}: {k} in its metadata is {json.dumps(metadata.get(k))[:80]}, which it cannot be: mend it")
+    if metadata.get("settings") is None:
+        metadata.pop("settings", None)
     key = tasks.find_task(metadata["dataset_key"]).key
     if task and key != task:
         raise UserError(f"{path} holds completions of the task {key}, not {task}")
@@ -62,7 +65,8 @@ def read_completions(path, task=None):
     for index, many in data.items():
         for row in many if isinstance(many, list) else [None]:
             if not isinstance(row, dict) or str(row.get("sample_index")) != index \
-                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()):
+                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()) \
+                    or isinstance(row["sample_index"], bool) or isinstance(row["completion_index"], bool):
                 raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
                                 "completion, or one is not what it should be")
             rows.append(row)
