@@ -44,11 +44,11 @@ def load_model(name, dtype="float32"):
         if not any((folder / f).exists() for f in TOKENIZER_FILES):
             raise UserError(f"{name} has no tokenizer: save one beside the model with tokenizer.save_pretrained({name!r})")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # no code of a stranger's, and no question
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as e:  # files missing, torn or foreign
+        model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as e:  # files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
     if tokenizer.eos_token_id is None:
@@ -299,7 +299,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh = model.training, {}
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
         for b in files.progress(range(0, len(rows), batch_size), "decoding", show=rank == 0):
             for ended in decode_batch(model, tokenizer, family, rows[b:b + batch_size], temperature, top_p, stop):
                 ended = [{"key": row["key"], "completion": text, "finish_reason": reason} for row, text, reason in ended]
@@ -487,9 +487,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    files.print_anything()
     try:
-        args.run(args)
+        (args := parse_args(argv)).run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

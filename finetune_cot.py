@@ -468,6 +468,7 @@ def run(args):
 def main(argv=None):
     """Check, run, and turn every error a user can mend into one sentence and a failing exit."""
     args = parse_args(argv)
+    files.print_anything()
     try:
         check(args)
         on_api = args.label_style in teacher.API_FAMILIES

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -40,6 +41,12 @@ def write_whole(path, text):
 def write_json(path, value):
     """The style of the published files: four spaces, ASCII only."""
     write_whole(path, json.dumps(value, indent=4))
+
+
+def print_anything():
+    """Whatever the terminal's encoding: what it cannot show is printed as its number, not a reason to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def parse_json(text, where):
@@ -243,6 +250,28 @@ def within_memory(advice):
         if not isinstance(e, MemoryError) and type(e).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(e):
             raise
         raise UserError(f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what a library raises where it cannot write into an OSError that names path (a full disk's does not by itself)."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
+    except Exception as e:  # tokenizers raise no narrower one
+        if not re.search(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos", str(e)):
+            raise
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): make room; what was there before is kept") from None
+
+
+@contextlib.contextmanager
+def damaged(path, remedy):
+    """Turn what reading a damaged file raises into a UserError that names it and says what to do."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} is damaged, or not what it should be ({type(e).__name__} {' '.join(str(e).split())[:80]}): {remedy}") from None
 
 
 # ---------------- What a file was made from
