@@ -269,7 +269,7 @@ def open_journals(path, rank, ranks):
     """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
     journals = [files.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
     held = [rows for share in gather([journal.rows for journal in journals])[0] for rows in share]
-    return journals, {key: row for rows in held for key, row in rows.items()}
+    return journals, {key: row for rows in held for key, row in rows.items() if {"completion", "finish_reason"} <= row.keys()}
 
 
 def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,

@@ -142,7 +142,7 @@ def correct_rationales(args, path, train):
     template = metadata.get("prediction_template")
     rules = teacher.rules_of(args, metadata)
     right = [row for row in rows if tasks.judge(args.task, template, row.get("completion"), row["answer"], rules).correct]
-    kept = [row for row in right if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
+    kept = [row for row in right if rationale_of(row).strip() and ("api" not in row or row.get("finish_reason") == "stop")]  # cut: not kept
     if not kept:
         raise UserError(f"no correct rationale is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples "
                         f"in {path}, {len(right)} are right by the {rules} rules and 0 of those explain anything; "

@@ -237,7 +237,7 @@ def judge(task, template, completion, answer, rules="paper"):
     try:
         gold = reading.gold(answer)
     except ValueError:
-        raise UserError(f"the gold answer {answer!r} of {task} is not a {kind.name}") from None
+        raise UserError(f"the gold answer {answer[:80]!r} of {task} is not a {kind.name}") from None
     contains = any(reading.same(candidate, gold) for candidate in {*candidates})
     correct = prediction is not None and reading.same(prediction, gold)
     return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
@@ -301,7 +301,7 @@ def load(task, data_dir="data"):
     if not isinstance(samples, list) or not samples or not isinstance(metadata, dict):
         raise UserError(f'{path} is not a dataset, {{"metadata": {{...}}, "data": [samples]}}: {remedy}')
     if metadata.get("dataset_key", row.key) != row.key:
-        raise UserError(f"{path} holds the task {metadata['dataset_key']!r}, not {row.key!r}: {remedy}")
+        raise UserError(f"{path} holds the task {str(metadata['dataset_key'])[:80]!r}, not {row.key!r}: {remedy}")
     for i, sample in enumerate(samples):
         texts = [sample.get(k) for k in ("question", "answer")] if isinstance(sample, dict) else [None]
         if not all(isinstance(text, str) for text in texts) or sample.get("sample_index") != i:

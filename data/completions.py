@@ -64,7 +64,7 @@ def read_completions(path, task=None):
     rows = []
     for index, many in data.items():
         for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or str(row.get("sample_index")) != index \
+            if not isinstance(row, dict) or str(row.get("sample_index")) != index or "completion" not in row \
                     or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()) \
                     or isinstance(row["sample_index"], bool) or isinstance(row["completion_index"], bool):
                 raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "

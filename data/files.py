@@ -105,8 +105,10 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # torn
             end += len(line)
-            row = parse_json(line, f"{self.path}, line {i}") if line.strip() else {"key": None}
-            if not isinstance(row, dict) or not isinstance(row.get("key", 0), str | None):
+            if line.isspace():
+                continue
+            row = parse_json(line, f"{self.path}, line {i}")
+            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
                 raise UserError(f"{self.path}, line {i} is not a row of a journal: mend or delete that line")
             self.rows.setdefault(row["key"], row)
         os.truncate(self.path, end)
