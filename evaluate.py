@@ -48,7 +48,7 @@ def load_model(name, dtype="float32"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError) as e:  # files missing, torn or foreign
+    except (OSError, SafetensorError, StrictDataclassError, *files.UNREADABLE) as e:  # files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
     if tokenizer.eos_token_id is None:

@@ -407,8 +407,9 @@ def check(args):
     teacher.check(args)
     if not (args.dry_run and args.task == "all"):
         tasks.find_task(args.task)
-    for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
-        base_model(name)
+    for name, checked in ((args.teacher.removeprefix("hf:"), base_model), (args.student, base_model), (args.split, files.safe_key),
+                          (args.train_key or "none", files.safe_key)):
+        checked(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
                  "teacher_max_new_tokens", "keep"):
         if getattr(args, name) < 1:

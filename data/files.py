@@ -204,18 +204,19 @@ def student_path(args, method):
 
 # ---------------- One run at a time
 
+PATIENCE = 3.0  # seconds that a run waits for another one, which may only be looking what is there
 HELD = {}  # path -> the open lock file beside it
 
 
 @contextlib.contextmanager
-def held(path, wanted=True, patience=3.0):
+def held(path, wanted=True, patience=None):
     """Within this, no other process holds path, a file or folder that is written here (unless not wanted).
 
     The lock is flock's on a hidden file beside it, so it is gone with its process, however that ends.  Waits `patience`
-    seconds for another holder, then raises UserError."""
+    seconds (None: PATIENCE) for another holder, then raises UserError."""
     path, ours = Path(path).resolve(), False
     if wanted and path not in HELD:  # the stages of one process may share a file
-        HELD[path], ours = lock_file(path.with_name(f".{path.name[:200]}.lock"), path, patience), True
+        HELD[path], ours = lock_file(path.with_name(f".{path.name[:200]}.lock"), path, patience or PATIENCE), True
     try:
         yield
     finally:
@@ -267,12 +268,15 @@ def writing(path):
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): make room; what was there before is kept") from None
 
 
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)  # what libraries raise
+
+
 @contextlib.contextmanager
 def damaged(path, remedy):
     """Turn what reading a damaged file raises into a UserError that names it and says what to do."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except UNREADABLE as e:
         raise UserError(f"{path} is damaged, or not what it should be ({type(e).__name__} {' '.join(str(e).split())[:80]}): {remedy}") from None
 
 

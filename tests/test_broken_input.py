@@ -160,7 +160,7 @@ HEAVY = ["1", "1,", "1 ", "9 = ", "3.5 ", "y a ", "(A) ", "A ", "no ", "the answ
 def test_a_completion_of_ten_megabytes_is_judged_within_two_seconds(cases, rules):
     for piece in HEAVY:
         for task in ("gsm8k", "svamp", "aqua", "coin_flip", "last_letter_concatenation") if cases > 10**6 else ("svamp", "last_letter_concatenation"):
-            timed(tasks.judge, task, "ft_cot_token", piece * (cases // len(piece)), ORACLES[task][2][0], rules)
+            timed(tasks.judge, task, "ft_cot_token", piece * (cases // len(piece.encode())), ORACLES[task][2][0], rules)
 
 
 # ---------------------------------------------------------------- files
