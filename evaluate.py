@@ -10,7 +10,6 @@ Only `generate` imports torch.  Completion datasets are read and made in data/co
 import argparse
 import contextlib
 import functools
-import glob
 import inspect
 import json
 import math
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import tasks
 from data.completions import few_shot_examples, make_completions, read_completions  # noqa: F401 (names of this module too)
-from data import files
+from data import completions, files
 from data.files import UserError
 
 
@@ -45,11 +44,11 @@ def load_model(name, dtype="float32"):
         if not any((folder / f).exists() for f in TOKENIZER_FILES):
             raise UserError(f"{name} has no tokenizer: save one beside the model with tokenizer.save_pretrained({name!r})")
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # no code of a stranger's, and no question
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as e:  # files missing, torn or foreign
+        model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, weights_only=True)
+    except (OSError, SafetensorError, StrictDataclassError, *files.UNREADABLE) as e:  # files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
     if tokenizer.eos_token_id is None:
@@ -305,22 +304,11 @@ def gather(value):
     return shares, dist.get_rank()
 
 
-def journal_paths(path):
-    """-> {rank: path} of the journals beside a file that is yet to be written."""
-    return {int(p.name.rpartition("-")[2]): p for p in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")}
-
-
-def remove_journals(path):
-    """To be called when the file is written."""
-    for old in journal_paths(path).values():
-        old.unlink(missing_ok=True)
-
-
 def open_journals(path, rank, ranks):
     """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
-    journals = [files.Journal(f"{path}.journal-{r}") for r in sorted({rank, *journal_paths(path)}) if r % ranks == rank]
+    journals = [files.Journal(f"{path}.journal-{r}") for r in sorted({rank, *files.journal_paths(path)}) if r % ranks == rank]
     held = [rows for share in gather([journal.rows for journal in journals])[0] for rows in share]
-    return journals, {key: row for rows in held for key, row in rows.items()}
+    return journals, {key: row for rows in held for key, row in rows.items() if {"completion", "finish_reason"} <= row.keys()}
 
 
 def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,
@@ -350,7 +338,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh = model.training, {}
     model.eval()
-    with torch.inference_mode(), products_of_few_rows(model):
+    with torch.inference_mode(), products_of_few_rows(model), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
         decoding = decode(model, tokenizer, family, rows, batch_size, temperature, top_p, stop)
         for row, text, reason in files.progress(decoding, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
@@ -434,49 +422,7 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
             "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}
 
 
-# ---------------- What the user sees at the end
-
-def print_completion(title, row, verdicts):
-    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
-    if "reasoning_completion" in row:
-        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
-    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
-    for rules, v in verdicts.items():
-        print(f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}")
-
-
-def report(results, student, seed, saved):
-    """The table of this run, with a right and a wrong completion to read."""
-    task = tasks.TASKS[results[-1]["task"]]
-    print(f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {task.random}%)\n")
-    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
-    for r in results:
-        label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
-        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
-        print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
-    judged = []
-    for r in reversed(results):
-        metadata, rows = read_completions(r["file"])
-        rows = [row for row in rows if row["sample_index"] not in (metadata.get("validation") or [])]
-        judged += [(r["method"], *one) for one in judge_rows(metadata, rows, "paper")]
-    for outcome in ("right", "wrong"):
-        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
-            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
-    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
-          f"Compare runs: python evaluate.py table --saved {saved}")
-
-
 # ---------------- Command line
-
-def read_prompts(path, max_new_tokens):
-    """-> (rows, prompts, limits) of a JSON-lines file with a "prompt" and perhaps a "max_new_tokens" on each line."""
-    rows = files.read_jsonl(path)
-    for i, row in enumerate(rows, 1):
-        limit = row.get("max_new_tokens", max_new_tokens) if isinstance(row, dict) else None
-        if type(limit) is not int or limit < 1 or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0')
-    return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]
-
 
 def find_device(name):
     """-> torch.device; cuda if there is one and none is named.  Raises UserError where it is not to be had."""
@@ -494,7 +440,7 @@ def run_generate(args):
             or "" in (args.stop or []) or args.samples > 1 and not args.temperature:
         raise UserError("--batch_size, --samples and --max_new_tokens must be 1 or more, --temperature from 0 to 100, and above 0 with "
                         "--samples, --top_p above 0 and at most 1, --stop not empty")
-    rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
+    rows, prompts, limits = completions.read_prompts(args.prompts, args.max_new_tokens)
     device, dtype = find_device(args.device), {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
     if "RANK" in os.environ:  # under torchrun
         import torch
@@ -508,7 +454,7 @@ def run_generate(args):
         lines = [json.dumps({**row, **({"completion_index": k} if args.samples > 1 else {}), **one}) + "\n"
                  for row, many in zip(rows, generated) for k, one in enumerate(many)]
         files.write_whole(args.out, "".join(lines))
-        remove_journals(args.out)
+        files.remove_journals(args.out)
         print(f"wrote {len(lines)} completions to {args.out}")
     if "RANK" in os.environ:  # leave together, and past torch's threads: at times one of them aborts a process that ends
         os._exit(bool(gather(None) and sys.stdout.flush()))
@@ -537,9 +483,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    files.print_anything()
     try:
-        args.run(args)
+        (args := parse_args(argv)).run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:

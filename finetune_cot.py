@@ -20,8 +20,9 @@ from pathlib import Path
 import evaluate
 import tasks
 from data import batch, files, filters, look, studies, teacher
-from data.files import (UserError, base_model, finetune_key, finetune_path, student_path, teacher_file, teacher_key,
-                        teacher_name, test_file, train_key)
+from data.completions import is_made, write_completions
+from data.files import (UserError, base_model, finetune_key, finetune_path, student_path, teacher_file,
+                        teacher_metadata, test_file, train_key)
 
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
@@ -51,22 +52,11 @@ def local_complete(args, model, tokenizer, family, path=None, method=None):
     return complete
 
 
-def is_made(stage, args, path, settings):
-    """Whether a completion file is there and was made with these settings."""
-    return path.exists() and files.is_current(stage, path, evaluate.read_completions(path, args.task)[0].get("settings"), settings)
-
-
-def write_completions(path, metadata, data):
-    """Completions cost GPU hours or money: those made with other settings are kept aside."""
-    if path.exists():
-        files.keep_aside(path)
-    files.write_json(path, {"metadata": metadata, "data": data})
-    evaluate.remove_journals(path)
-
-
-def teacher_metadata(args):
-    return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
-            "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
+def few_shot(args, method, settings):
+    """-> the few-shot prompt that a method needs, if any; it is one of the settings of what is made with it."""
+    examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
+    settings |= {"examples": files.fingerprint(examples)} if examples else {}
+    return examples
 
 
 def at_sample_degree(args):
@@ -85,9 +75,9 @@ def sample(args):
     if args.teacher.startswith("hf:"):
         import train_loop
         settings["model"] = files.model_fingerprint(args.teacher[3:])
+    examples = few_shot(args, args.teacher_method, settings)
     if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
-    examples = evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
     data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
                                      args.temperature, args.teacher_max_new_tokens, examples)
     if args.ranks.is_master:
@@ -115,13 +105,6 @@ def label_template(args, method):
     return name if name in tasks.TEMPLATES else f"{method}_token"  # API styles; a style of one's own may have no ft
 
 
-def rationale_of(row):
-    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before the sentence that states the answer."""
-    if "reasoning_completion" in row:
-        return row["reasoning_completion"] or ""
-    return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
-
-
 def correct_rationales(args, path, train):
     """-> (rows kept, rows looked at): completions 0 .. degree-1 of the training samples, and of those with a rationale the right
     ones, less what the flags of data/filters.py leave out."""
@@ -136,13 +119,13 @@ def correct_rationales(args, path, train):
     judged = [(row, tasks.judge(args.task, template, row.get("completion"), row["answer"], rules)) for row in rows]
     right = sum(verdict.correct for _, verdict in judged)
     judged = [(row, verdict) for row, verdict in judged
-              if rationale_of(row).strip() and ("api" not in row or row["finish_reason"] == "stop")]  # cut: not kept
+              if filters.rationale_of(row).strip() and ("api" not in row or row.get("finish_reason") == "stop")]  # cut: not kept
     kept = filters.choose(args, judged)
     if not kept:
         raise UserError(f"no {'correct ' if args.filter == 'right' else ''}rationale is left for {args.task}: of the {len(rows)} completions "
                         f"of {len(train)} training samples in {path}, {right} are right by the {rules} rules and {len(judged)} explain "
                         "anything; try --rules flexible, another --teacher or a larger --degree")
-    return filters.leave_out(args, kept, rationale_of), rows
+    return filters.leave_out(args, kept), rows
 
 
 def curation(args, method):
@@ -152,8 +135,9 @@ def curation(args, method):
     if method == "ft_cot" and not completions.exists():
         raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
                         "run --stage sample, or put the teacher's file there")
-    source = files.fingerprint(tasks.load(args.task, args.data)) if method == "ft" else files.file_sha256(completions)
-    settings = {"source": source, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
+    samples = files.fingerprint(tasks.load(args.task, args.data))
+    source = samples if method == "ft" else files.file_sha256(completions)
+    settings = {"source": source, "samples": samples, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
     if method == "ft_cot":
         rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
         settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules, **files.curation_options(args)}
@@ -178,7 +162,9 @@ def curate(args, method, write=True):
         kept = total = [samples[i] for i in train]
     else:
         kept, total = correct_rationales(args, teacher_file(args), train)
-    rationales = [rationale_of(row) if method == "ft_cot" else "" for row in kept]
+    if method != "ft" and files.file_sha256(teacher_file(args)) != settings["source"]:
+        raise UserError(f"{teacher_file(args)} was replaced by another run while it was read: start the same command again")
+    rationales = [filters.rationale_of(row) if method == "ft_cot" else "" for row in kept]
     template, family = settings["template"], settings["family"]
     pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
     if family in teacher.API_FAMILIES.values():
@@ -204,10 +190,14 @@ def student_source(args):
         return args.student
     from data.toy import make_toy_student
     folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
-    if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
-        make_toy_student(folder, args.seed)
+    with files.held(folder, args.ranks.is_master, patience=60):
+        if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
+            make_toy_student(folder, args.seed)
     on_master(args, lambda: None)  # the other ranks wait here
     return str(folder)
+
+
+TRAINED_WITH = ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length", "schedule", "warmup", "max_grad_norm")
 
 
 def train(args, method, data_file):
@@ -216,16 +206,16 @@ def train(args, method, data_file):
     data = files.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
     settings = {"student": files.model_fingerprint(source), "finetune_data": files.file_sha256(data_file)}
-    settings |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length", "schedule",
-                                                "warmup", "max_grad_norm")}
+    settings |= {k: getattr(args, k) for k in TRAINED_WITH}
     if Path(source).resolve() == out.resolve():
         raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
     state = on_master(args, lambda: files.claim_student_folder(out, settings))
     if state == "finished":
         return out
-    if state == "new" and not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
+    if not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
         for old in test_file(args, method, 0).parent.glob(f"D_{args.task}__T_{train_key(args, method)}__E_*.json"):
-            files.keep_aside(old)
+            if state == "new" or evaluate.read_completions(old)[0].get("settings", {}).get("model") != files.fingerprint(settings):
+                files.keep_aside(old)
     model, tokenizer, family = evaluate.load_model(source)
     if f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}" in Path(data_file).parts:
         raise UserError(f"{data_file} is not for {family} students like {args.student}: curate again with --family {family}")
@@ -252,8 +242,8 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
                 "samples": files.fingerprint(samples)}
     k, temperature = args.eval_samples, args.eval_temperature if args.eval_samples > 1 else 0.0
     settings |= {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
+    examples = few_shot(args, method, settings)
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
-        examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
         complete, start = local_complete(args, model, tokenizer, family, path, method), time.perf_counter()
         data = evaluate.make_completions(complete, samples, method, family, template, k, temperature, args.max_new_tokens, examples)
         metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
@@ -284,7 +274,15 @@ def test_finished(args, method, out):
     note = files.read_json(out / "run.json") if (out / "run.json").exists() else {}
     if not note.get("finished") or not isinstance(note.get("settings"), dict):
         raise UserError(f"there is no finished student in {out}: run --stage train")
-    epoch = note["settings"].get("epochs", args.epochs)
+    if not args.out:  # one of --out may have been trained on any file, with any flags
+        data_file, wanted = finetune_path(args, method, family_of(args)), {k: getattr(args, k) for k in TRAINED_WITH}
+        if args.stage == "evaluate" and data_file.exists() and (method == "ft" or teacher_file(args).exists()):
+            on_master(args, lambda: curate(args, method, write=False))
+            wanted["finetune_data"] = files.file_sha256(data_file)
+        files.check_settings(out, note["settings"], wanted)
+    epoch = note["settings"].get("epochs")
+    if type(epoch) is not int:
+        raise UserError(f"{out / 'run.json'} does not say after how many epochs the student was finished: train it again")
     return test(args, method, *evaluate.load_model(str(out)), epoch, files.fingerprint(note["settings"]))
 
 
@@ -387,8 +385,9 @@ def check(args):
     filters.check(args)
     if not (args.dry_run and args.task == "all"):
         tasks.find_task(args.task)
-    for name in (args.teacher.removeprefix("hf:"), args.student, args.split, args.train_key or "none"):
-        base_model(name)
+    for name, checked in ((args.teacher.removeprefix("hf:"), base_model), (args.student, base_model), (args.split, files.safe_key),
+                          (args.train_key or "none", files.safe_key)):
+        checked(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
                  "eval_samples", "teacher_max_new_tokens", "keep"):
         if getattr(args, name) < 1:
@@ -430,33 +429,41 @@ def run(args):
     methods = args.method[-1:] if args.finetune_data else args.method
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
-        sample(args)
+        with files.held(teacher_file(args), args.ranks.is_master and not teacher.is_elsewhere(args)):  # the API has its journal
+            sample(args)
     if args.stage == "curate" and "ft_cot" in fine_tuned and teacher.is_elsewhere(args):
         teacher.publish_partial(at_sample_degree(args), teacher_file(args), teacher_metadata(args))
+    results, curated = [], {}
     if "curate" in stages:
         for method in fine_tuned:
-            path = on_master(args, lambda: curate(args, method))
+            path = finetune_path(args, method, family_of(args))
+            with files.held(path, args.ranks.is_master, patience=60):  # other seeds may share it
+                curated[method] = on_master(args, lambda: files.file_sha256(curate(args, method)))
             if args.show:
                 filters.show(path, args.show)
-    results = []
     for method in methods:
         if "train" in stages and method in FINE_TUNED:
             data_file = args.finetune_data or finetune_path(args, method, family_of(args))
             if args.stage == "train" and not args.finetune_data:
                 on_master(args, lambda: curate(args, method, write=False))
+            if method in curated and curated[method] != files.file_sha256(data_file):
+                raise UserError(f"{data_file} was replaced by another run since it was curated: start the same command again")
             if args.label_style in teacher.API_FAMILIES:
                 batch.fine_tune(args, Path(data_file), batch.student(args, method)[0])
             else:
-                train(args, method, Path(data_file))
+                with files.held(student_path(args, method), args.ranks.is_master):
+                    train(args, method, Path(data_file))
         if "evaluate" in stages and args.label_style in teacher.API_FAMILIES:
             results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *batch.student(args, method)))
         elif "evaluate" in stages:
-            results.append(test_finished(args, method, student_path(args, method)))
+            with files.held(test_file(args, method, args.epochs), args.ranks.is_master):
+                results.append(test_finished(args, method, student_path(args, method)))
     return results
 
 
 def main(argv=None):
     """Check, run, and turn every error a user can mend into one sentence and a failing exit."""
+    files.print_anything()
     cells = parse_args(argv)
     try:
         for args in cells:
@@ -473,7 +480,7 @@ def main(argv=None):
         if len(cells) > 1:
             studies.run_cells(cells, run)
         elif (results := run(args)) and ranks.is_master:
-            evaluate.report(results, args.student, args.seed, args.saved)
+            look.report(results, args.student, args.seed, args.saved)
         if ranks.world_size > 1:
             train_loop.dist.destroy_process_group()
     except (UserError, OSError) as e:

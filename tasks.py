@@ -14,12 +14,13 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from data.files import UserError, read_json, safe_key
+from data.files import UserError, read_json, safe_key, whole_characters
 
 
 # ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+TO_SPACES = str.maketrans("\"'.:,", "     ")
 
 
 def paper_numbers(text):
@@ -27,9 +28,14 @@ def paper_numbers(text):
     return NUMBER.findall(text.replace(",", ""))
 
 
+def paper_floats(text):
+    numbers = paper_numbers(text)
+    return list(map({n: float(n) for n in {*numbers}}.get, numbers))  # each text once: a model may repeat itself a million times
+
+
 def paper_yes_no(text):
     """'No, it is "Yes".' -> ['no', 'yes']; 'no;' is not seen"""
-    return [word for word in re.sub(r"[\"'\n.\s:,]", " ", text.lower()).split(" ") if word in ("yes", "no")]
+    return [word for word in text.lower().translate(TO_SPACES).split() if word in ("yes", "no")]
 
 
 # ---------------- Cleansing 2: the flexible rules, what a careful person reads; [(position, value)]
@@ -38,6 +44,7 @@ def paper_yes_no(text):
 MARKER = re.compile(r"-->|####|\\boxed\{|\banswers?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|:|=)", re.I)
 NEXT_QUESTION = re.compile(r"\n\s{0,9}(?:Q|Question):", re.I)  # a base model may go on and ask itself the next question
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
+AN_END = 100_000  # characters: of a longer completion, beginning and end are read
 VALUE = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}\b)?"  # -$1,234.5; 1e3
                    r"|(?<![\w.])[-\u2212]?\$?\.\d+"                   # .5
                    r"|\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)            # the 4 of '3-4' or of '4x'
@@ -127,7 +134,7 @@ def letter_kind(last):
 VALUES = Rules(read_numbers, number, near, pick_number)
 YES_OR_NO = Rules(read_yes_no, lambda gold: gold.strip().lower())
 KIND_NUMBER = Kind("number", Rules(paper_numbers, lambda gold: gold.replace(",", "")), VALUES)
-KIND_FLOAT = Kind("number, by value", Rules(lambda text: [float(n) for n in paper_numbers(text)], number, near), VALUES)
+KIND_FLOAT = Kind("number, by value", Rules(paper_floats, number, near), VALUES)
 KIND_YES_NO = Kind("yes/no", Rules(paper_yes_no), YES_OR_NO)
 KIND_YES_NO_CASE = Kind("yes/no", Rules(paper_yes_no, str.lower), YES_OR_NO)
 KIND_STRING = Kind("string", Rules(lambda text: [re.sub(r"[\"'\n.\s]", "", text)]),
@@ -199,6 +206,8 @@ def paper_prediction(rules, prefix, text):
 def flexible_prediction(rules, prefix, text):
     """What the sentence after the last announcement of an answer says; if none is announced, the text's last candidate.
     Where no prefix is expected the prompt itself was the announcement, so the text opens with its answer."""
+    if len(text) > 2 * AN_END:  # no answer stands in the middle of that: a model that repeats itself must not hold up the rest
+        text = f"{text[:AN_END]}\n{text[-AN_END:]}"
     text = text[:following.start()] if (following := NEXT_QUESTION.search(text)) else text
     found = rules.candidates(text)  # [(position, value, ...)]
     if not found:
@@ -227,10 +236,10 @@ def judge(task, template, completion, answer, rules="paper"):
     try:
         gold = reading.gold(answer)
     except ValueError:
-        raise UserError(f"the gold answer {answer!r} of {task} is not a {kind.name}") from None
-    right = [reading.same(candidate, gold) for candidate in candidates]
+        raise UserError(f"the gold answer {answer[:80]!r} of {task} is not a {kind.name}") from None
+    contains = any(reading.same(candidate, gold) for candidate in {*candidates})
     correct = prediction is not None and reading.same(prediction, gold)
-    return Verdict(prediction, candidates, correct, any(right), not prefix or prefix in text)
+    return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
 
 
 # ---------------- Prompt and label templates (paper §3 and the published code)
@@ -272,7 +281,7 @@ def format_sample(template, family, question, rationale="", answer="", examples=
 
 def encode_prompt(tokenizer, family, prompt):
     """-> token ids of a prompt, with what the tokenizer puts first; a decoder's prompt is to be continued, so no EOS."""
-    ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(whole_characters(prompt))["input_ids"]
     return ids[:-1] if family == "decoder" and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -294,7 +303,7 @@ def load(task, data_dir="data"):
     if not isinstance(samples, list) or not samples or not isinstance(metadata, dict):
         raise UserError(f'{path} is not a dataset, {{"metadata": {{...}}, "data": [samples]}}: {remedy}')
     if metadata.get("dataset_key", row.key) != row.key:
-        raise UserError(f"{path} holds the task {metadata['dataset_key']!r}, not {row.key!r}: {remedy}")
+        raise UserError(f"{path} holds the task {str(metadata['dataset_key'])[:80]!r}, not {row.key!r}: {remedy}")
     for i, sample in enumerate(samples):
         texts = [sample.get(k) for k in ("question", "answer")] if isinstance(sample, dict) else [None]
         if not all(isinstance(text, str) for text in texts) or sample.get("sample_index") != i:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from data.files import Interrupted, UserError, progress, write_json
+from data.files import Interrupted, UserError, damaged, progress, within_memory, write_json, writing
 from data.training_log import log, mean_loss, start_log, status
 from tasks import encode_prompt
 
@@ -374,13 +374,11 @@ def save_checkpoint(out, setup, step, args, ranks):
         return
     path, temporary = (out / f"checkpoint_{step:08d}.{suffix}" for suffix in ("pt", "tmp"))
     try:
-        with open(temporary, "wb") as f:
+        with writing(path), open(temporary, "wb") as f:
             torch.save({"model": model, "optimizer": optimizer, "scaler": setup.scaler.state_dict(), "step": step}, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except RuntimeError as e:  # torch's name for a full disk
-        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): the checkpoint before it is kept") from None
     finally:
         temporary.unlink(missing_ok=True)
     for old in sorted(out.glob("checkpoint_*.pt"))[:-args.keep]:
@@ -389,13 +387,13 @@ def save_checkpoint(out, setup, step, args, ranks):
 
 def load_checkpoint(out, setup):
     """-> the step that the newest checkpoint had reached; 0 where there is none.  Weights and optimizer are set to it."""
-    paths = sorted(out.glob("checkpoint_*.pt"))
-    if not paths:
+    if not (paths := sorted(out.glob("checkpoint_*.pt"))):
         return 0
-    state = torch.load(paths[-1], map_location="cpu", weights_only=True)  # weights_only: a checkpoint can run no code
-    whole_state(setup, state)
-    setup.scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    with damaged(paths[-1], "delete it, and the run goes on from the one before it or from the start"):
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True)  # weights_only: a checkpoint can run no code
+        whole_state(setup, state)
+        setup.scaler.load_state_dict(state["scaler"])
+        return state["step"]
 
 
 def save_student(setup, tokenizer, out, settings, args, ranks):
@@ -407,8 +405,9 @@ def save_student(setup, tokenizer, out, settings, args, ranks):
         weights.pop(name, None)
     temporary = out / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    setup.model.save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
+    with writing(temporary):
+        setup.model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
         os.replace(file, out / file.name)
     temporary.rmdir()
@@ -463,7 +462,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         for indices in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
             step, batch = step + 1, [samples[i] for i in indices]
             rate = learning_rate(step, steps, args)
-            loss, norm, size, stop = optimizer_step(setup, batch, step, rate, args, ranks, bool(terminated))
+            with within_memory(f" at step {step}: lower --micro_tokens or --micro_batch_size (same result), or use --gradient_checkpointing"):
+                loss, norm, size, stop = optimizer_step(setup, batch, step, rate, args, ranks, bool(terminated))
             rows.append({"step": step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm,
                          "label_tokens": sum(len(s.label) for s in batch), "tokens": sum(map(length, batch)), "size": size})
             log(out, ranks, **rows[-1])

@@ -74,8 +74,8 @@ def read_reply(reply, api, n):
         said = said if api == "chat" else {"content": said}
         if not isinstance(said, dict) or not isinstance(said.get("content"), str | None):
             raise BadReply(f"a choice without a message: {json.dumps(choice)[:200]}")
-        reason, index = choice.get("finish_reason"), choice.get("index")
-        one = {"completion": said.get("content"), "finish_reason": reason if isinstance(reason, str) else None}
+        reason, index, text = choice.get("finish_reason"), choice.get("index"), said.get("content")
+        one = {"completion": text and files.whole_characters(text), "finish_reason": reason if isinstance(reason, str) else None}
         one |= {"refusal": str(said["refusal"])} if said.get("refusal") else {}
         found.setdefault(index if type(index) is int else place, one)
     usage, model = reply.get("usage"), reply.get("model")
@@ -126,6 +126,20 @@ def totals(rows):
             "unanswered": sum(row["unanswered"] for row in first)}
 
 
+ROW_TYPES = {"completion": str | None, "finish_reason": str | None, "model": str | None, "refusal": str | None, "usage": dict | None,
+             "attempts": int | None, "unanswered": int | None, "possible_cost": float | int | None}
+
+
+def check_journal(journal):
+    """Raise UserError for a row that this program did not write: nothing may be bought, or scored, because of it."""
+    for key, row in journal.rows.items():
+        usage, is_answer = row.get("usage"), "error" not in row
+        if not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()) or is_answer and not {"completion", "model"} <= row.keys() \
+                or usage is not None and not all(type(usage.get(k)) is int for k in ("prompt_tokens", "completion_tokens")) \
+                or "usage" in row and not {"attempts", "unanswered"} <= row.keys() or is_answer and "finish_reason" not in row:
+            raise UserError(f"{journal.path}: the row with the key {key[:40]!r} is not one of this program: mend or delete that line")
+
+
 # ---------------- One run
 
 class Run:
@@ -135,6 +149,8 @@ class Run:
         self.args, self.plan, self.client = args, plan, make_client(args)
         self.journal = files.Journal(path.with_suffix(".journal.jsonl"))
         self.failures = files.Journal(path.with_suffix(".failures.jsonl"))
+        for journal in (self.journal, self.failures):
+            check_journal(journal)
         self.failed_keys, self.unwritten = set(), queue.Queue()
         self.started, self.requests, self.refusals = time.monotonic(), 0, []
         self.reason, self.stopped = None, asyncio.Event()                                   # why it ends

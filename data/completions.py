@@ -2,6 +2,7 @@
 
 Any model behind `complete(prompts, n, temperature, max_new_tokens, stop)` makes one; evaluation and curation read it.
 """
+import json
 from pathlib import Path
 
 import tasks
@@ -41,7 +42,7 @@ def make_completions(complete, samples, method, family, template, degree=1, temp
     return data
 
 
-METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None} | {k: str | None for k in (
+METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None, "settings": dict | None} | {k: str | None for k in (
     "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
 ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
              "reasoning_completion": str | None}
@@ -56,16 +57,19 @@ def read_completions(path, task=None):
     if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
         raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
     for k, kind in METADATA_TYPES.items():
-        if not isinstance(metadata.get(k), kind):
-            raise UserError(f"{path}: {k} in its metadata is {metadata.get(k)!r}, which it cannot be: mend it")
+        if not isinstance(metadata.get(k), kind) or isinstance(metadata.get(k), bool):
+            raise UserError(f"{path}: {k} in its metadata is {json.dumps(metadata.get(k))[:80]}, which it cannot be: mend it")
+    if metadata.get("settings") is None:
+        metadata.pop("settings", None)
     key = tasks.find_task(metadata["dataset_key"]).key
     if task and key != task:
         raise UserError(f"{path} holds completions of the task {key}, not {task}")
     rows = []
     for index, many in data.items():
         for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or str(row.get("sample_index")) != index \
-                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()):
+            if not isinstance(row, dict) or str(row.get("sample_index")) != index or "completion" not in row \
+                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()) \
+                    or isinstance(row["sample_index"], bool) or isinstance(row["completion_index"], bool):
                 raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
                                 "completion, or one is not what it should be")
             rows.append(row)
@@ -74,3 +78,26 @@ def read_completions(path, task=None):
         if (a["sample_index"], a["completion_index"]) == (b["sample_index"], b["completion_index"]):
             raise UserError(f"{path}: completion {a['completion_index']} of sample {a['sample_index']} is there twice")
     return metadata, rows
+
+
+def is_made(stage, args, path, settings):
+    """Whether a completion file is there and was made with these settings."""
+    return path.exists() and files.is_current(stage, path, read_completions(path, args.task)[0].get("settings"), settings)
+
+
+def write_completions(path, metadata, data):
+    """Completions cost GPU hours or money: those made with other settings are kept aside."""
+    if path.exists():
+        files.keep_aside(path)
+    files.write_json(path, {"metadata": metadata, "data": data})
+    files.remove_journals(path)
+
+
+def read_prompts(path, max_new_tokens):
+    """-> (rows, prompts, limits) of a JSON-lines file with a "prompt" and perhaps a "max_new_tokens" on each line."""
+    rows = files.read_jsonl(path)
+    for i, row in enumerate(rows, 1):
+        limit = row.get("max_new_tokens", max_new_tokens) if isinstance(row, dict) else None
+        if type(limit) is not int or limit < 1 or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0')
+    return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]

@@ -2,9 +2,12 @@
 
 Used by all modules; needs the standard library alone.
 """
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -21,7 +24,9 @@ class Interrupted(UserError):
 
 
 def write_whole(path, text):
-    """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it."""
+    """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it.
+
+    Raises OSError that names the path: that of a full disk does not by itself."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
@@ -32,6 +37,8 @@ def write_whole(path, text):
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -39,6 +46,12 @@ def write_whole(path, text):
 def write_json(path, value):
     """The style of the published files: four spaces, ASCII only."""
     write_whole(path, json.dumps(value, indent=4))
+
+
+def print_anything():
+    """Whatever the terminal's encoding: what it cannot show is printed as its number, not a reason to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def parse_json(text, where):
@@ -67,6 +80,11 @@ def read_json(path):
     return value
 
 
+def whole_characters(text):
+    """'a\\ud83d' -> 'a?': JSON may hold half a character (servers that stream send such), which no file or tokenizer takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def read_jsonl(path):
     """-> the values of a JSON-lines file, in order.  Lines end at "\\n" alone: U+2028 may stand inside a string."""
     lines = read_text(path).split("\n")
@@ -92,8 +110,10 @@ class Journal:
             if not line.endswith(b"\n"):
                 break  # torn
             end += len(line)
-            row = parse_json(line, f"{self.path}, line {i}") if line.strip() else {"key": None}
-            if not isinstance(row, dict) or "key" not in row:
+            if line.isspace():
+                continue
+            row = parse_json(line, f"{self.path}, line {i}")
+            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
                 raise UserError(f"{self.path}, line {i} is not a row of a journal: mend or delete that line")
             self.rows.setdefault(row["key"], row)
         os.truncate(self.path, end)
@@ -114,30 +134,51 @@ class Journal:
                 f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
                 f.flush()
                 os.fsync(f.fileno())
-        except OSError:
+        except OSError as e:
             os.truncate(self.path, end)  # a full disk: no half line stays
             for row in rows:
                 del self.rows[row["key"]]
-            raise
+            raise OSError(e.errno, e.strerror, str(self.path)) from None
 
     def close(self):
         self.lock.close()
 
 
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # no file on Windows, nor on a disk that it shares
+
+
 def safe_key(name):
     """A name that becomes part of a path: google/flan-t5-base -> google_flan-t5-base.  Raises UserError for `..` and the like."""
     key = str(name).replace("/", "_")
-    if str(name).startswith(("/", ".", "-")) or ".." in key or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII):
+    if str(name).startswith(("/", ".", "-")) or ".." in key or DEVICE.fullmatch(key) \
+            or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII):
         raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, "
-                        "'_', '-', '.' (120 at most, no '..', not an absolute path)")
+                        "'_', '-', '.' (120 at most, no '..', not an absolute path, no name of a device)")
     return key
+
+
+def journal_paths(path):
+    """-> {rank: path} of the journals beside a file that is yet to be written."""
+    return {int(p.name.rpartition("-")[2]): p for p in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")}
+
+
+def remove_journals(path):
+    """To be called when the file is written."""
+    for old in journal_paths(path).values():
+        old.unlink(missing_ok=True)
 
 
 # ---------------- Names of files (saved/README.md), from the flags of a run
 
 def teacher_key(args):
-    """zs_cot at temperature 0, zs_cot_t70 at 0.7"""
-    return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "")
+    """zs_cot at temperature 0, zs_cot_t70 at 0.7; zs_cot_t70_s1 with --data_seed 1, where the teacher is one of ours and so has a seed"""
+    seed = args.data_seed if args.teacher == "toy" or args.teacher.startswith("hf:") else 0
+    return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "") + (f"_s{seed}" if seed else "")
+
+
+def teacher_metadata(args):
+    return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
+            "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
 
 
 CURATION = {  # flag that chooses rationales: (its default, which is the paper's, what stands in names where it is another)
@@ -158,7 +199,8 @@ def run_suffix(args, method="ft_cot"):
         parts += [f"{args.degree}aug"] if args.degree > 1 else []
         parts += [f"by_{base_model(args.teacher.removeprefix('hf:'))}"] if args.teacher != args.usual["teacher"] else []
         parts += [CURATION[flag][1].format(value) for flag, value in curation_options(args).items()]
-    parts += [part for part, is_there in ((args.split, args.split != "default"), (f"v{args.validation:g}", args.validation)) if is_there]
+    share = f"v{args.validation:g}" + (f"s{args.data_seed}" if args.data_seed else "")  # the seed chooses the share
+    parts += [part for part, is_there in ((args.split, args.split != "default"), (share, args.validation)) if is_there]
     return "".join(f"_{part}" for part in parts)
 
 
@@ -207,7 +249,8 @@ def teacher_file(args):
 
 def test_file(args, method, epoch):
     """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
-    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method.startswith("ft") else [f"S_{args.split}"]
+    seed = f"_s{args.seed}" if args.student == "toy" and args.seed else ""  # each seed makes a toy student of its own
+    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method.startswith("ft") else [f"S_{args.split}{seed}"]
     return completion_path(args.saved, base_model(args.student), method, args.task, *parts, *samples_suffix(args))
 
 
@@ -220,6 +263,84 @@ def student_path(args, method):
     if args.out:
         return Path(args.out)
     return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
+
+
+# ---------------- One run at a time
+
+PATIENCE = 3.0  # seconds that a run waits for another one, which may only be looking what is there
+HELD = {}  # path -> the open lock file beside it
+
+
+@contextlib.contextmanager
+def held(path, wanted=True, patience=None):
+    """Within this, no other process holds path, a file or folder that is written here (unless not wanted).
+
+    The lock is flock's on a hidden file beside it, so it is gone with its process, however that ends.  Waits `patience`
+    seconds (None: PATIENCE) for another holder, then raises UserError."""
+    path, ours = Path(path).resolve(), False
+    if wanted and path not in HELD:  # the stages of one process may share a file
+        HELD[path], ours = lock_file(path.with_name(f".{path.name[:200]}.lock"), path, patience or PATIENCE), True
+    try:
+        yield
+    finally:
+        if ours:
+            lock = HELD.pop(path)
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
+
+
+def lock_file(name, path, patience):
+    """-> the lock file, open and locked."""
+    import fcntl
+    name.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + patience
+    while True:
+        lock = open(name, "a")
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(name)):
+                return lock  # and not one that its holder has just removed
+        lock.close()
+        if time.monotonic() > until:
+            raise UserError(f"{path} is being written by another run: wait for it, stop it, or write elsewhere (another --seed, "
+                            "--train_key, --out or --saved)")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def within_memory(advice):
+    """Turn an allocation that fails, on a GPU or CPU, into a UserError that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is what a CPU's allocator raises
+        if not isinstance(e, MemoryError) and type(e).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(e):
+            raise
+        raise UserError(f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what a library raises where it cannot write into an OSError that names path (a full disk's does not by itself)."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
+    except Exception as e:  # tokenizers raise no narrower one
+        if not re.search(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos", str(e)):
+            raise
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): make room; what was there before is kept") from None
+
+
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)  # what libraries raise
+
+
+@contextlib.contextmanager
+def damaged(path, remedy):
+    """Turn what reading a damaged file raises into a UserError that names it and says what to do."""
+    try:
+        yield
+    except UNREADABLE as e:
+        raise UserError(f"{path} is damaged, or not what it should be ({type(e).__name__} {' '.join(str(e).split())[:80]}): {remedy}") from None
 
 
 # ---------------- What a file was made from
@@ -258,6 +379,13 @@ def is_current(stage, path, old, new):
     return False
 
 
+def check_settings(path, old, wanted):
+    """Raise UserError where path was made with other settings than those that are wanted; it names them."""
+    if changed := [f"{k} {old.get(k)} -> {v}" for k, v in wanted.items() if old.get(k) != v]:
+        raise UserError(f"{path} was made with other settings ({', '.join(changed)}): make it again with --stage train, or give the flags "
+                        "that it was made with")
+
+
 def keep_aside(path):
     """Move what is in the way, and cost something to make, to a free name beside it."""
     aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old{i}")).exists())
@@ -288,7 +416,9 @@ def claim_student_folder(out, settings):
 # ---------------- A fine-tuning file, and a progress bar
 
 def read_finetune_data(path):
-    """-> {"sample_index", "input", "label": lists of equal length} of a fine-tuning file, JSON or the openai JSON lines."""
+    """-> {"sample_index", "input", "label": lists of equal length} of a fine-tuning file, JSON or the openai JSON lines.
+
+    Raises UserError where it is no such file or holds no sample."""
     if Path(path).suffix == ".jsonl":
         rows = [row if isinstance(row, dict) else {} for row in read_jsonl(path)]
         columns = [list(range(len(rows))), *([row.get(k) for row in rows] for k in ("prompt", "completion"))]
@@ -299,7 +429,7 @@ def read_finetune_data(path):
         raise UserError(f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
     if not columns[0]:
         raise UserError(f"{path} holds no sample: there is nothing to train on")
-    return dict(zip(("sample_index", "input", "label"), columns))
+    return dict(zip(("sample_index", "input", "label"), [columns[0], *(list(map(whole_characters, c)) for c in columns[1:])]))
 
 
 def progress(items, what, show=True, total=None):

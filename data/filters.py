@@ -6,10 +6,18 @@ import json
 import random
 from collections import Counter, defaultdict
 
+import tasks
 from data import files
 from data.files import CURATION, UserError
 
 FILTERS = ("right", "all", "random", "wrong")
+
+
+def rationale_of(row):
+    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before the sentence that states the answer."""
+    if "reasoning_completion" in row:
+        return row["reasoning_completion"] or ""
+    return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
 
 
 def add_flags(group):
@@ -89,11 +97,11 @@ REASONS = {  # why a rationale is left out: (flags, row, its text, the texts kep
 }
 
 
-def leave_out(args, rows, text_of):
+def leave_out(args, rows):
     """-> the rows for which none of REASONS holds; says how many each dropped."""
     kept_rows, texts, dropped = [], defaultdict(list), Counter()
     for row in rows:
-        text, kept = text_of(row).strip(), texts[row["sample_index"]]
+        text, kept = rationale_of(row).strip(), texts[row["sample_index"]]
         reason = next((reason for reason, holds in REASONS.items() if holds(args, row, text, kept)), None)
         if reason:
             dropped[reason] += 1

@@ -110,7 +110,7 @@ def diff(args):
     unlike = [key for key in both if a[key][1] != b[key][1]]
     for key in unlike[:args.limit]:
         for path, (row, right, verdicts) in ((args.a, a[key]), (args.b, b[key])):
-            evaluate.print_completion(f"{'right' if right else 'wrong'} in {path}", row, verdicts)
+            print_completion(f"{'right' if right else 'wrong'} in {path}", row, verdicts)
     if len(unlike) > args.limit:
         print(f"\n... and {len(unlike) - args.limit} more (--limit)")
     def counts(pairs):
@@ -302,6 +302,15 @@ def saved_files(saved):
 
 # ---------------- What one looks at: single completions
 
+def print_completion(title, row, verdicts):
+    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
+    if "reasoning_completion" in row:
+        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
+    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
+    for rules, v in verdicts.items():
+        print(f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}")
+
+
 def show(args):
     """Print some wrong, right and unreadable completions of a file."""
     judged = evaluate.judge_rows(*evaluate.read_completions(args.file), args.rules)
@@ -309,7 +318,30 @@ def show(args):
         found = [(row, verdicts) for row, outcome, verdicts in judged if outcome == kind]
         print(f"\n{len(found)} of {len(judged)} are {kind}" + (f"; the first {args.limit}:" if len(found) > args.limit else ""))
         for row, verdicts in found[:args.limit]:
-            evaluate.print_completion(kind, row, verdicts)
+            print_completion(kind, row, verdicts)
+
+
+# ---------------- What the user sees at the end of a run
+
+def report(results, student, seed, saved):
+    """The table of this run, with a right and a wrong completion to read."""
+    task = tasks.TASKS[results[-1]["task"]]
+    print(f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {task.random}%)\n")
+    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
+    for r in results:
+        label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(r["method"], r["method"])
+        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
+        print(f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}")
+    judged = []
+    for r in reversed(results):
+        metadata, rows = evaluate.read_completions(r["file"])
+        rows = [row for row in rows if row["sample_index"] not in (metadata.get("validation") or [])]
+        judged += [(r["method"], *one) for one in evaluate.judge_rows(metadata, rows, "paper")]
+    for outcome in ("right", "wrong"):
+        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
+            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
+    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
+          f"Compare runs: python evaluate.py table --saved {saved}")
 
 
 # ---------------- Command line: the part of evaluate.py's that looks

@@ -2,6 +2,7 @@
 
     python data/prepare.py                          # all 12 (about 60 MB to download, 48 of them for aqua)
     python data/prepare.py multiarith coin_flip     # some
+    python data/prepare.py --completions FILE.tar.gz   # published completion files -> saved/, checked (data/archive.py)
     python data/prepare.py --mirror DIR             # offline: the raw files lie in DIR/<owner>/<repo>/<commit>/<path>
 
 Writes dataset/<task>.json, split/<task>__default.json (and __template.json for two tasks) and few_shot_cot_prompts.json
@@ -280,9 +281,20 @@ def main(argv=None):
     parser.add_argument("task", nargs="*", metavar="TASK", help="keys of tasks.py (default: the 12 benchmarks)")
     parser.add_argument("--mirror", type=Path, metavar="DIR", help="read the raw files from this folder; download nothing")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path(__file__).resolve().parent, help="write here (default: data/)")
+    parser.add_argument("--completions", metavar="ARCHIVE", help="import the completion files of a tar.gz instead")
+    parser.add_argument("--saved", default=Path(__file__).resolve().parent.parent / "saved", help="with --completions (default: saved/)")
     args = parser.parse_args(argv)
+    files.print_anything()
     if args.mirror and not args.mirror.is_dir():
         parser.error(f"there is no folder {args.mirror}: give --mirror the folder that holds <owner>/<repo>/<commit>/<path>")
+    if args.completions:
+        from data import archive
+        try:
+            for line in archive.import_completions(args.completions, args.saved):
+                print(line, flush=True)
+        except (files.UserError, OSError) as e:
+            sys.exit(f"error: {e}")
+        return 0
     failures = []
     for key in dict.fromkeys(args.task or [key for key in tasks.TASKS if key in RECIPES]):
         try:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import evaluate
 import tasks
-from data.api import BadReply, Failed, Run, Stopped, attempt, base_url, dollars, fail, has_api, most_tokens, read_reply, record, totals
+from data.api import BadReply, Failed, Run, Stopped, attempt, base_url, check_journal, dollars, fail, has_api, most_tokens, read_reply, record, totals
 from data import files
 from data.files import UserError
 
@@ -412,14 +412,21 @@ def sample(args, path, metadata):
     return fill(args, plan, path, metadata, samples)
 
 
+def taken_up(file):
+    """-> the journal in a file, to read only."""
+    journal = files.Journal(file)
+    journal.close()
+    check_journal(journal)
+    return journal
+
+
 def publish_partial(args, path, metadata):
     """For --stage curate: where sampling is unfinished, write the completion file from what the journal holds, asking for nothing."""
     file = path.with_suffix(".journal.jsonl")
     old = evaluate.read_completions(path, args.task)[0].get("settings", {}) if path.exists() else {"missing": True}
     if not file.exists() or not (old.get("missing") or old.get("degree", args.degree) < args.degree):
         return
-    plan, samples, journal = teacher_plan(args), teacher_samples(args), files.Journal(file)
-    journal.close()
+    plan, samples, journal = teacher_plan(args), teacher_samples(args), taken_up(file)
     publish(path, with_settings(metadata, plan, samples), plan, samples, journal.rows)
 
 
@@ -438,7 +445,7 @@ def token_counter(student):
 def estimate(args, path, count):
     """-> (requests, prompt tokens, completion tokens) that a run would ask for; tokens of completions at their most."""
     plan, samples, file = teacher_plan(args), teacher_samples(args), path.with_suffix(".journal.jsonl")
-    rows = {row["key"]: row for row in files.read_jsonl(file)} if file.exists() else {}
+    rows = taken_up(file).rows if file.exists() else {}
     texts, completions, answers = [], 0, 0
     for sample, ks in all_units(plan, samples):
         for request in next_requests(plan, rows, sample, ks) if rows else [Request(0, 1, dict.fromkeys(ks), {})]:

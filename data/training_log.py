@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from data.files import read_text, write_whole
+from data.files import parse_json, read_text, write_whole, writing
 
 
 def start_log(path, step, args, settings, ranks):
     """Begin log.jsonl with what made it, or, on resuming, drop what was logged after the checkpoint's step.  -> rows of steps"""
     rows = []
     if step and path.exists():  # a kill may have torn its last line
-        rows = [row for line in read_text(path).split("\n") if line.endswith("}") and (row := json.loads(line)).get("step", 0) <= step]
+        rows = [row for line in read_text(path).split("\n") if line.endswith("}") and (row := parse_json(line, path)).get("step", 0) <= step]
     if not rows:
         import transformers
         git = shutil.which("git")
@@ -34,7 +34,7 @@ def start_log(path, step, args, settings, ranks):
 def log(out, ranks, **record):
     """Append a record to log.jsonl, on rank 0."""
     if ranks.is_master:
-        with open(out / "log.jsonl", "a") as f:
+        with writing(out / "log.jsonl"), open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
 
 

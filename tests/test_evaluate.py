@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import tasks
-from data import files, look, toy
+from data import completions, files, look, toy
 from conftest import KINDS, ROOT, run, tiny_model, tiny_tokenizer
 from data.files import UserError
 
@@ -165,7 +165,7 @@ def test_a_run_that_dies_goes_on_and_decodes_nothing_twice(tmp_path, monkeypatch
     def decode():
         return evaluate.generate(model, tokenizer, "decoder", PROMPTS, limits, 0.7, 2, batch_size=4, journal=tmp_path / "out")
     expected, decoded, whole = decode(), [], evaluate.decode
-    evaluate.remove_journals(tmp_path / "out")
+    files.remove_journals(tmp_path / "out")
     def dying(model, tokenizer, family, rows, *settings):
         for i, ended in enumerate(whole(model, tokenizer, family, rows, *settings)):
             if i == 3:
@@ -185,7 +185,7 @@ def test_a_run_that_dies_goes_on_and_decodes_nothing_twice(tmp_path, monkeypatch
     with contextlib.suppress(MemoryError):
         decode()
     assert len(decoded) > 14
-    evaluate.remove_journals(tmp_path / "out")
+    files.remove_journals(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -237,7 +237,7 @@ def test_generate_writes_the_rows_it_read_in_order_with_completion_and_reason(tm
 def test_a_prompt_file_of_the_wrong_form_is_named_with_its_row(tmp_path, row):
     (tmp_path / "p.jsonl").write_text('{"prompt": "fine"}\n' + row)
     with pytest.raises(UserError, match="p.jsonl, row 2"):
-        evaluate.read_prompts(tmp_path / "p.jsonl", 5)
+        completions.read_prompts(tmp_path / "p.jsonl", 5)
 
 
 def test_a_folder_that_is_not_a_model_or_has_no_tokenizer_is_refused(tmp_path):

@@ -205,7 +205,7 @@ def flags(*more):
     return args
 
 
-ROWS = [{"sample_index": i, "completion_index": k, "text": text, "reasoning_finish_reason": reason} for i, k, text, reason in [
+ROWS = [{"sample_index": i, "completion_index": k, "reasoning_completion": text, "reasoning_finish_reason": reason} for i, k, text, reason in [
     (0, 0, "one two three four five six", "stop"), (0, 1, "one two three four five six ", "stop"), (0, 2, "one two three four five seven", "stop"),
     (0, 3, "a wholly different way to say it", "length"), (1, 0, "one two three four five six", "stop"), (1, 1, "a b c d e f g h i j k l m n o p q r s t", "stop")]]
 
@@ -220,13 +220,13 @@ ROWS = [{"sample_index": i, "completion_index": k, "text": text, "reasoning_fini
     (("--max_rationale_words", 10), [0, 1, 2, 3, 4], "dropped 1 of 6 rationales: too long"),
     (("--drop_duplicates", "--max_per_question", 2), [0, 2, 4, 5], "dropped 1 of 6 rationales: one too many")])
 def test_a_filter_drops_what_it_says_and_says_how_many(options, kept, said, capsys):
-    assert filters.leave_out(flags(*options), ROWS, lambda row: row["text"]) == [ROWS[i] for i in kept]
+    assert filters.leave_out(flags(*options), ROWS) == [ROWS[i] for i in kept]
     assert said in capsys.readouterr().out
 
 
 def test_filters_that_leave_nothing_are_refused():
     with pytest.raises(UserError, match=r"none of 6 rationales is left \(6 too long\)"):
-        filters.leave_out(flags("--max_rationale_words", 1), ROWS, lambda row: row["text"])
+        filters.leave_out(flags("--max_rationale_words", 1), ROWS)
 
 
 def test_unfiltered_rationales_keep_their_teacher_s_answer(capsys):
