@@ -3,6 +3,7 @@
     python evaluate.py score FILE ... | table | show FILE | diff FILE FILE
 """
 import csv
+import functools
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import evaluate
 import tasks
+from data import files
 from data.files import UserError
 
 
@@ -24,7 +26,8 @@ def print_scores(scores):
 
 def score(args):
     """One line, or one JSON object, for each completion file."""
-    scores = [evaluate.score(path, args.part, args.split, args.data, args.rules, args.allow_partial) for path in args.files]
+    what = {"part": args.part, "split": args.split, "data_dir": args.data, "rules": args.rules, "allow_partial": args.allow_partial}
+    scores = files.over_cores(functools.partial(evaluate.score, **what), args.files)
     if not args.json:
         return print_scores(scores)
     for s in scores:
