@@ -52,7 +52,7 @@ VALUE = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(
 
 def read_numbers(text):
     """By value: '18.00', '$1,234.50', '5 - 8 = -3' -> 18, 1234.5, (5, 8, -3)"""
-    return [(m.start(), float(re.sub(r"[\s$,]", "", m[0]).replace("\u2212", "-"))) for m in VALUE.finditer(text)]
+    return [(m.start(), float(m[0].replace(",", "").replace("$", "").replace("\u2212", "-"))) for m in VALUE.finditer(text)]
 
 
 def read_letters(last):
@@ -237,8 +237,8 @@ def judge(task, template, completion, answer, rules="paper"):
         gold = reading.gold(answer)
     except ValueError:
         raise UserError(f"the gold answer {answer[:80]!r} of {task} is not a {kind.name}") from None
-    contains = any(reading.same(candidate, gold) for candidate in {*candidates})
     correct = prediction is not None and reading.same(prediction, gold)
+    contains = correct or len(candidates) > 1 and any(reading.same(candidate, gold) for candidate in {*candidates})
     return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
 
 

@@ -113,7 +113,7 @@ class Journal:
             if line.isspace():
                 continue
             row = parse_json(line, f"{self.path}, line {i}")
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+            if not isinstance(row, dict) or not isinstance(row.get("key"), str | int):
                 raise UserError(f"{self.path}, line {i} is not a row of a journal: mend or delete that line")
             self.rows.setdefault(row["key"], row)
         os.truncate(self.path, end)
@@ -432,8 +432,36 @@ def read_finetune_data(path):
     return dict(zip(("sample_index", "input", "label"), [columns[0], *(list(map(whole_characters, c)) for c in columns[1:])]))
 
 
+def start_worker():
+    """Ctrl-C is for the parent to answer; and rows, which hold no cycles, are not searched for any again and again."""
+    import gc
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()
+
+
+def over_cores(function, paths):
+    """-> [function(path)] in order, over all cores where there is enough to do.  A worker holds one file at a time.
+
+    Raises what function raises for the first path that fails, and UserError where a worker was killed (for want of memory)."""
+    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(paths))
+    if cores < 2 or sum(Path(path).stat().st_size for path in paths if Path(path).exists()) < 1 << 25:
+        return [function(path) for path in paths]
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), start_worker)
+    try:
+        return list(progress(pool.map(function, paths), "scoring", total=len(paths)))
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, perhaps for want of memory: name fewer files at a time") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def progress(items, what, show=True, total=None):
-    """Iterate over items (total: how many, where they have no length) with a progress bar; without a terminal, print a line every 10 seconds instead."""
+    """Iterate over items (total: how many, where they have no length) with a progress bar; without a terminal, print a line
+    every 10 seconds instead."""
     if show and sys.stderr.isatty():
         from tqdm import tqdm
         yield from tqdm(items, desc=what, leave=False, total=total)

@@ -3,6 +3,7 @@
     python evaluate.py score FILE ... | table [--format markdown] | show FILE | diff FILE FILE        (figures: data/plot.py)
 """
 import csv
+import functools
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import evaluate
 import tasks
+from data import files
 from data.files import UserError
 
 
@@ -27,13 +29,17 @@ def print_scores(scores):
             print(f"{'':10}{describe(s['votes'])}")
 
 
+def score_with_votes(path, **what):
+    """evaluate.score, with "votes" where questions were answered several times."""
+    s = evaluate.score(path, **what)
+    several = s["n"] >= 2 * s["questions"] and votes(s, what["data_dir"], what["allow_partial"])
+    return s | ({"votes": several} if several else {})
+
+
 def score(args):
     """One line, or one JSON object, for each completion file."""
-    scores = []
-    for path in args.files:
-        s = evaluate.score(path, args.part, args.split, args.data, args.rules, args.allow_partial)
-        several = s["n"] >= 2 * s["questions"] and votes(s, args.data, args.allow_partial)
-        scores.append(s | ({"votes": several} if several else {}))
+    what = {"part": args.part, "split": args.split, "data_dir": args.data, "rules": args.rules, "allow_partial": args.allow_partial}
+    scores = files.over_cores(functools.partial(score_with_votes, **what), args.files)
     if not args.json:
         return print_scores(scores)
     for s in scores:

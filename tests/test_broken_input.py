@@ -192,7 +192,7 @@ def read_scores(path):
         look.print_completion("x", row, verdicts)
     s = evaluate.score(path, "all", data_dir=path.parent, allow_partial=True)
     teacher.rules_of(SimpleNamespace(rules=None), metadata)
-    args = SimpleNamespace(task="multiarith", data=path.parent, degree=2, rules="paper")
+    [args] = finetune_cot.parse_args(["--task", "multiarith", "--data", str(path.parent), "--degree", "2", "--rules", "paper"])
     kept, _ = finetune_cot.correct_rationales(args, path, list(range(6)))
     assert kept and all(row["answer"].strip() == QUESTIONS[row["sample_index"]]["answer"] for row in kept)
     return s
