@@ -33,7 +33,7 @@ def test_each_seed_has_files_of_its_own_from_the_teacher_to_the_test(small_toy, 
     flags = ("--saved", tmp_path, "--method", "ft_cot", *SMALL)
     method(capsys, *flags)
     before = contents(tmp_path)
-    assert method(capsys, *flags, "--seed", 1)[0] is None
+    assert method(capsys, *flags, "--seed", 1, "--data_seed", 1)[0] is None
     after = contents(tmp_path)
     assert before == {name: after[name] for name in before} and len(after) > 2 * len(before) - 3
     assert (tmp_path / "completion_data/B_toy_teacher__C_zs_cot_t70_s1/D_toy.json").exists()
@@ -67,7 +67,7 @@ def test_changed_few_shot_examples_make_completions_again(small_toy, tmp_path, c
 def test_evaluating_alone_refuses_a_student_that_was_made_with_other_settings(small_toy, tmp_path, capsys):
     flags = ("--saved", tmp_path, "--method", "ft_cot", *SMALL)
     method(capsys, *flags)
-    for changed, said in (("--lr", 0.01), "lr 0.001 -> 0.01"), (("--rules", "flexible"), "was made with other settings"), \
+    for changed, said in (("--weight_decay", 0.5), "weight_decay 0.01 -> 0.5"), (("--rules", "flexible"), "was made with other settings"), \
                          (("--label_style", "natural", "--train_key", "ft_cot_2aug"), "was made with other settings"):
         message, out = method(capsys, *flags, "--stage", "evaluate", *changed)
         assert message and said in message, (message, out)
@@ -145,7 +145,7 @@ def train_loop_weights(out):
 def test_memory_that_runs_out_in_decoding_names_the_flag(monkeypatch):
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(evaluate, "decode_batch", runs_out)
+    monkeypatch.setattr(evaluate, "decode", runs_out)
     with pytest.raises(UserError, match="out of memory: lower --eval_batch_size"):
         evaluate.generate(tiny_model("gpt2"), tiny_tokenizer(), "decoder", ["a"], 3)
 
