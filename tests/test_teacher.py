@@ -503,6 +503,7 @@ def test_plain_http_to_another_machine_warns(url, warns, capsys):
     (("--base_url", "ftp://x"), "must begin with http"), (("--base_url", "http://me:secret@127.0.0.1/v1"), "must hold no name and no password"),
     (("--concurrency", 0), "--concurrency 0 must be above 0"), (("--price_in", 1), "prices come in pairs"), (("--max_cost", 1), "--max_cost needs them"),
     (("--dry_run", "--batch", "fetch"), "one at a time"), (("--dry_run", "--stage", "all"), "go with --stage sample"), (("--teacher", "toy", "--dry_run"), "behind an API"),
+    (("--degree", 2), "would buy 2 identical rationales"), (("--requests_per_minute", "nan"), "--requests_per_minute nan must be")])
 def test_flags_that_cannot_work_are_refused_before_anything_is_asked(server, ask, flags, sentence):
     message, _ = ask(*flags)
     assert message.startswith("error: ") and sentence in message and not server.log
