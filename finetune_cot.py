@@ -122,9 +122,9 @@ def correct_rationales(args, path, train):
               if filters.rationale_of(row).strip() and ("api" not in row or row.get("finish_reason") == "stop")]  # cut: not kept
     kept = filters.choose(args, judged)
     if not kept:
-        raise UserError(f"no {'correct ' if args.filter == 'right' else ''}rationale is left for {args.task}: of the {len(rows)} completions "
-                        f"of {len(train)} training samples in {path}, {right} are right by the {rules} rules and {len(judged)} explain "
-                        "anything; try --rules flexible, another --teacher or a larger --degree")
+        wanted = "correct rationale" if args.filter == "right" else "rationale"
+        raise UserError(f"no {wanted} is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples in "
+                        f"{path}, {right} are right by the {rules} rules and {len(judged)} explain anything; try --rules flexible, another --teacher or a larger --degree")
     return filters.leave_out(args, kept), rows
 
 
@@ -364,7 +364,7 @@ def parse_args(argv=None):
     evaluating.add_argument("--eval_every", type=int, default=0, help="epochs between evaluations (default 0: at the end only; paper 1)")
     evaluating.add_argument("--validation", type=float, default=0.0, help="share of train set aside to choose the epoch by (default 0)")
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
-    evaluating.add_argument("--eval_samples", type=int, default=1, help="K answers a question, sampled: majority vote, pass@k (default 1, greedy)")
+    evaluating.add_argument("--eval_samples", type=int, default=1, help="K answers a question: majority vote, pass@k (default 1, greedy)")
     evaluating.add_argument("--eval_temperature", type=float, default=0.7, help="of --eval_samples above 1 (default 0.7)")
     evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once (default 64)")
     lines = studies.command_lines(sys.argv[1:] if argv is None else argv)

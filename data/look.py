@@ -265,8 +265,8 @@ def table_lines(table, results):
 
 
 def terminal(lines):
-    widths = [max(map(len, column)) * (-1 if i < 2 else 1) for i, column in enumerate(zip(*lines))]  # names to the left, numbers to the right
-    return ["  ".join(f"{text:{'<' if w < 0 else '>'}{abs(w)}}" for text, w in zip(line, widths)).rstrip() for line in lines]
+    forms = [f"{'<' if i < 2 else '>'}{max(map(len, column))}" for i, column in enumerate(zip(*lines))]  # names left, numbers right
+    return ["  ".join(f"{text:{form}}" for text, form in zip(line, forms)).rstrip() for line in lines]
 
 
 def markdown(lines):

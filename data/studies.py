@@ -61,7 +61,9 @@ def expand(args):
 
 def gather(cells, output):
     """-> the cells, where there are several a method each, without repetitions (ft does not depend on the degree).  Each knows the
-    largest degree of its teacher's file, so that it is sampled once.  output(cell): -> (the file that it ends with, the teacher's file).  Raises UserError."""
+    largest degree of its teacher's file, so that it is sampled once.  output(cell): -> (the file that it ends with, the teacher's file).
+
+    Raises UserError for flags that name one student where there are several cells."""
     one = cells[0]
     if len(cells) > 1 and (one.out or one.train_key or one.finetune_data):
         raise UserError(f"--out, --train_key and --finetune_data are of one student, and these flags make {len(cells)} of them")
