@@ -210,8 +210,8 @@ def flexible_prediction(rules, prefix, text):
         text = f"{text[:AN_END]}\n{text[-AN_END:]}"
     text = text[:following.start()] if (following := NEXT_QUESTION.search(text)) else text
     found = rules.candidates(text)  # [(position, value, ...)]
-    if not found:
-        return None, []
+    if len(found) < 2:  # nothing to choose from
+        return (found[0][1], [found[0][1]]) if found else (None, [])
     announcements = [m.end() for m in MARKER.finditer(text) if m.end() <= found[-1][0]] or ([] if prefix else [0])
     first = next(f[0] for f in found if f[0] >= announcements[-1]) if announcements else found[-1][0]
     begin = max([m.end() for m in SENTENCE_END.finditer(text, 0, first)] + announcements[-1:], default=0)

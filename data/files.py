@@ -65,7 +65,7 @@ def parse_json(text, where):
 def read_text(path):
     """-> the text of a UTF-8 file.  Raises UserError that names it."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # -sig: editors on Windows put a byte-order mark first
+        return Path(path).read_bytes().decode("utf-8-sig")  # -sig: editors on Windows put a byte-order mark first
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:

@@ -24,7 +24,9 @@ SENTENCE = "Each of the {} boxes holds {} red apples and {} green ones, so we ad
 
 
 def make(folder, files, rows, seed=0):
-    """Write completion files of two-step Zero-shot-CoT on a numeric task, about 2 kB a completion, as published ones; -> their paths."""
+    """Write completion files of two-step Zero-shot-CoT on a numeric task, about 2 kB a completion; -> their paths.
+
+    As in the published files, nine of ten completions hold one number and the text is in the rationale."""
     chance, paths = random.Random(seed), []
     text = lambda n: "".join(SENTENCE.format(*(chance.randrange(100) for _ in range(3))) for _ in range(n))
     samples = [{"sample_index": i, "question": text(2), "answer": str(chance.randrange(1000))} for i in range(600)]
@@ -38,7 +40,8 @@ def make(folder, files, rows, seed=0):
             right = chance.random() < 0.7
             data.setdefault(str(s["sample_index"]), []).append({
                 **s, "completion_index": j // 600, "prompt": f"{prompt} {reasoning}\nTherefore, the answer is",
-                "completion": f" {s['answer'] if right else chance.randrange(1000)}, since {chance.randrange(100)} are left.", "finish_reason": "stop",
+                "completion": f" {s['answer'] if right else chance.randrange(1000)}" + (f", since {chance.randrange(100)} are left." if chance.random() < 0.1 else "."),
+                "finish_reason": "stop",
                 "reasoning_prompt": prompt, "reasoning_completion": reasoning, "reasoning_finish_reason": "stop"})
         paths.append(folder / f"D_multiarith__{number:03d}.json")
         paths[-1].write_text(json.dumps({"metadata": {"dataset_key": "multiarith", "base_model": "m", "completion_key": "zs_cot",
