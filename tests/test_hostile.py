@@ -5,8 +5,6 @@ import io
 import json
 import os
 import re
-import resource
-import signal
 import subprocess
 import sys
 import tarfile
@@ -99,17 +97,11 @@ def test_the_file_trained_on_is_the_one_that_was_curated(small_toy, tmp_path, ca
 
 # ---------------------------------------------------------------- resources
 
-def full(size):
-    """Until further notice no file grows beyond this: what a full disk looks like to a program."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
 @pytest.mark.parametrize("size, stage", [(10_000, "sample"), *(pytest.param(n, "all", marks=pytest.mark.slow) for n in (0, 300, 3_000, 30_000, 60_000, 300_000, 2_000_000))])
 def test_a_disk_that_is_full_at_any_write_is_named_and_the_same_command_goes_on(size, stage, tmp_path):
-    code = ("import sys; sys.path[:0] = ['tests']\nimport tasks, finetune_cot, test_hostile\n"
-            "tasks.TASKS['toy'] = tasks.TASKS['toy']._replace(n=60, train=42, test=18)\n"
-            "if int(sys.argv[1]) >= 0: test_hostile.full(int(sys.argv[1]))\nfinetune_cot.main(sys.argv[2:])")
+    code = ("import resource, signal, sys, tasks, finetune_cot\ntasks.TASKS['toy'] = tasks.TASKS['toy']._replace(n=60, train=42, test=18)\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a limit on the size of files is what a full disk looks like to a program\n"
+            "if (size := int(sys.argv[1])) >= 0: resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\nfinetune_cot.main(sys.argv[2:])")
     flags = [*SMALL, "--checkpoint_steps", 2, "--stage", stage, "--saved"]
     done = run("-c", code, size, *flags, tmp_path / "s")
     assert done.returncode == 1 and re.fullmatch(r"error: .*(File too large|could not be written).*\n", done.stderr) and str(tmp_path) in done.stderr, done.stderr
