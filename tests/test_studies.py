@@ -72,11 +72,7 @@ def test_the_paper_s_degrees_are_64_for_two_tasks_and_8_elsewhere():
 
 def test_the_readme_has_every_study_in_a_command_of_two_lines_at_most():
     commands = re.findall(r"^python finetune_cot\.py --study (\w+)", (ROOT / "README.md").read_text(), re.M)
-<<<<<<< HEAD
-    assert sorted(set(commands)) == sorted(studies.STUDIES)
-=======
     assert set(commands) == set(studies.STUDIES)
->>>>>>> issue5
 
 
 # ---------------------------------------------------------------- runs
