@@ -74,9 +74,10 @@ def test_a_run_with_the_same_seed_writes_the_same_bytes_elsewhere(small_toy, tmp
 
 
 @pytest.mark.parametrize("flags, stage, change", [
-    (("--seed", 1), "train", "seed 0 -> 1"), (("--teacher_max_new_tokens", 64), "sample", "max_new_tokens 128 -> 64"),
-    (("--lr", 0.01), "train", "lr 0.001 -> 0.01"), (("--rules", "flexible"), "curate", "rules paper -> flexible"),
-    (("--max_new_tokens", 40), "evaluate", "max_new_tokens 48 -> 40"), (("--epochs", 1), "train", "epochs 2 -> 1")])
+    (("--teacher_max_new_tokens", 64), "sample", "max_new_tokens 128 -> 64"), (("--lr", 0.01), "train", "lr 0.001 -> 0.01"),
+    (("--max_new_tokens", 40), "evaluate", "max_new_tokens 48 -> 40"),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in [
+        (("--seed", 1), "train", "seed 0 -> 1"), (("--rules", "flexible"), "curate", "rules paper -> flexible"), (("--epochs", 1), "train", "epochs 2 -> 1")])])
 def test_changed_settings_make_a_stage_again_and_are_named(small_toy, tmp_path, capsys, flags, stage, change):
     method(capsys, "--saved", tmp_path, *SMALL, "--method", "ft_cot", "--train_key", "k")
     message, out = method(capsys, "--saved", tmp_path, *SMALL, "--method", "ft_cot", "--train_key", "k", *flags)

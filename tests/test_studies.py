@@ -167,7 +167,8 @@ def check_study(name, out, folder):
         assert len({x for points in figure.values() for x in points}) >= 2, figure
 
 
-@pytest.mark.parametrize("name", studies.STUDIES)
+@pytest.mark.parametrize("name", [name if name in ("degree", "filter", "template") else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in studies.STUDIES])
 def test_a_study_runs_at_toy_size_and_gives_its_table(name, tiny_toy, tmp_path, capsys, model_folder):
     flags = at_toy_size(name, tmp_path, model_folder)
     capsys.readouterr()

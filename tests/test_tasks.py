@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -97,15 +96,6 @@ def test_flexible_rules_read_what_a_careful_person_would(task, template, complet
                                                       ("coin_flip", "yes!", "Yes"), ("strategy_qa", "NO", "No"), ("last_letter_concatenation", "Y.A.J.O.", "yajo")])
 def test_flexible_rules_compare_by_value(task, completion, answer):
     assert tasks.judge(task, None, completion, answer, rules="flexible").correct
-
-
-@pytest.mark.parametrize("rules", ["paper", "flexible"])
-@pytest.mark.parametrize("piece", ["1", "1,", "9 = ", "y a ", "(A) ", "no ", "answer ", "the answer is ", "--> ", "\n", ". ", '"', "answer 1 is=", "-", "a-"])
-def test_a_long_completion_is_judged_in_linear_time(piece, rules):
-    start = time.perf_counter()
-    for task in ("gsm8k", "svamp", "aqua", "coin_flip", "last_letter_concatenation"):
-        tasks.judge(task, "ft_cot_token", piece * (200_000 // len(piece)), "1" if task in ("gsm8k", "svamp") else "A", rules)
-    assert time.perf_counter() - start < 5  # five times 200 kB; quadratic would take minutes
 
 
 def test_a_null_completion_is_no_answer():
