@@ -443,8 +443,7 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     args: the training flags of finetune_cot.py.  The paper: 20 epochs, batch 8, AdamW lr 3e-4, no schedule, no clipping
     (appendix).  Raises UserError on a set without a usable sample, on a loss that is not finite, and, after a checkpoint,
     on SIGTERM."""
-    positions = max(getattr(model.config, "max_position_embeddings", None) or 0, 0)
-    samples, dropped = encode(tokenizer, family, data, args.max_length, positions)
+    samples, dropped = encode(tokenizer, family, data, args.max_length, max(getattr(model.config, "max_position_embeddings", None) or 0, 0))
     if dropped:
         say(ranks, f"dropped {len(dropped)} of {len(dropped) + len(samples)} samples that are longer than {args.max_length} tokens (or than "
                    f"the model): sample_index {', '.join(map(str, dropped[:10]))}{', ...' if len(dropped) > 10 else ''}")
@@ -465,7 +464,7 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         model.train()
         if setup.packing:
             model.set_attn_implementation("per_sample")
-        terminated = []
+        terminated, stopped = [], "stopped by SIGTERM at step {}: what is done is kept; start the same command again to go on"
         on_sigterm = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
         start = said = time.perf_counter()
         batches = global_batches(len(samples), args.batch_size, args.seed, epoch)[step % epoch_steps:]
@@ -480,21 +479,22 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
             if args.log_every and step % args.log_every == 0:
                 say(ranks, status(rows[-args.log_every:], steps, time.perf_counter() - said, ranks.device))
                 said = time.perf_counter()
-            if stop or args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
+            if (stop or args.checkpoint_steps and step % args.checkpoint_steps == 0) and step % epoch_steps:
                 save_checkpoint(out, setup, step, args, ranks)
-            if stop:
-                raise UserError(f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same command again to go on")
+            if stop and step % epoch_steps:  # else the epoch is finished first: it has a row in the log, the last one a student
+                raise UserError(stopped.format(step))
         signal.signal(signal.SIGTERM, on_sigterm)
         if setup.packing:
             model.set_attn_implementation("sdpa")
         seconds = time.perf_counter() - start
-        epoch_rows = [row for row in rows if row["epoch"] == epoch]
-        log(out, ranks, step=step, epoch=epoch, epoch_loss=mean_loss(epoch_rows), seconds=round(seconds, 3))
+        log(out, ranks, step=step, epoch=epoch, epoch_loss=mean_loss([row for row in rows if row["epoch"] == epoch]), seconds=round(seconds, 3))
         if epoch == args.epochs:
             save_student(setup, tokenizer, out, settings, args, ranks)
-        elif args.checkpoint_every and epoch % args.checkpoint_every == 0:
+        elif stop or args.checkpoint_every and epoch % args.checkpoint_every == 0:
             save_checkpoint(out, setup, step, args, ranks)
         say(ranks, status(rows[-len(batches):], steps, seconds, ranks.device))
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
+        if stop:
+            raise UserError(stopped.format(step))
         yield epoch

@@ -174,6 +174,23 @@ def test_a_loss_or_gradient_that_is_no_number_stops_at_its_step_and_the_last_che
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+@pytest.mark.parametrize("step", [3, 9])
+def test_sigterm_in_the_last_step_of_an_epoch_finishes_the_epoch(step, tmp_path, monkeypatch):
+    expected = train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "whole", epochs=3)
+    optimizer_step = train_loop.optimizer_step
+    def terminated(setup, batch, at, *arguments):
+        return *optimizer_step(setup, batch, at, *arguments)[:3], at == step
+    monkeypatch.setattr(train_loop, "optimizer_step", terminated)
+    with pytest.raises(UserError, match=f"stopped by SIGTERM at step {step}"):
+        train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=3, checkpoint_every=0)
+    monkeypatch.setattr(train_loop, "optimizer_step", optimizer_step)
+    if step < 9:
+        train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=3)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [{**r, "seconds": 0} for r in records[1:]] == [{**r, "seconds": 0} for r in expected[1:]]
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("content", [b"", b"junk" * 99, None])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(content, tmp_path):
     run = train_loop.train(tiny_model("gpt2"), tiny_tokenizer(), "decoder", toy_data(), tmp_path, arguments(epochs=4, keep=2), {"test": True}, ONE_RANK)
