@@ -118,7 +118,8 @@ def main():
             lost += bool(different)
             resumed += 1
             if different:
-                print(f"DIFFERENT after restart: {sorted(different)}", flush=True)
+                kept = shutil.copytree(saved, f"{tempfile.gettempdir()}/killed-{os.getpid()}-{resumed}")
+                print(f"DIFFERENT after restart: {sorted(different)}, kept in {kept}", flush=True)
             shutil.rmtree(saved)
         said = (Path(folder) / "log").read_text()
         print(f"{done} kills ({', '.join(f'{n} {name}' for name, n in kills.items())}) of {resumed} pipelines, {len(expected)} files each: "
