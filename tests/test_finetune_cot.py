@@ -322,6 +322,7 @@ def test_a_folder_without_write_permission_is_named(tmp_path):
     assert done.returncode == 1 and re.fullmatch(r"error: .*Permission denied: '.*saved.*'\n", done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, capsys, model_folder):
     data = tmp_path / "data.json"
     data.write_text(json.dumps({"sample_index": list(range(160)), "input": ["a ###"] * 160, "label": [" b"] * 160}))

@@ -27,6 +27,7 @@ PYTHON = [sys.executable]
 
 # ---------------------------------------------------------------- stale and mixed
 
+@pytest.mark.slow
 def test_each_seed_has_files_of_its_own_from_the_teacher_to_the_test(small_toy, tmp_path, capsys):
     flags = ("--saved", tmp_path, "--method", "ft_cot", *SMALL)
     method(capsys, *flags)
