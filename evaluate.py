@@ -436,6 +436,7 @@ def find_device(name):
 
 
 def run_generate(args):
+    """`generate`: complete a file of prompts, on one process or on the ranks of torchrun.  Raises UserError on flags that cannot work."""
     if min(args.batch_size, args.max_new_tokens, args.samples) < 1 or not 0 <= args.temperature < 100 or not 0 < args.top_p <= 1 \
             or "" in (args.stop or []) or args.samples > 1 and not args.temperature:
         raise UserError("--batch_size, --samples and --max_new_tokens must be 1 or more, --temperature from 0 to 100, and above 0 with "
@@ -461,6 +462,7 @@ def run_generate(args):
 
 
 def parse_args(argv=None):
+    """-> the flags of one of the commands; args.run is its function."""
     from data import look
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -483,6 +485,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Run a command, and turn every error a user can mend into one sentence and a failing exit."""
     files.print_anything()
     try:
         (args := parse_args(argv)).run(args)

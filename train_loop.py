@@ -283,6 +283,7 @@ class LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets):
+        """-> the loss, a number; logits are overwritten."""
         targets = targets[:, None]
         logits -= logits.amax(1, keepdim=True)
         at_target = logits.gather(1, targets).sum()

@@ -309,6 +309,7 @@ def saved_files(saved):
 # ---------------- What one looks at: single completions
 
 def print_completion(title, row, verdicts):
+    """Print question, rationale, completion, gold answer, and what each set of rules makes of it."""
     print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}")
     if "reasoning_completion" in row:
         print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")

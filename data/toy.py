@@ -59,6 +59,7 @@ def toy_teacher(prompts, n=1, temperature=0.0, max_new_tokens=128, stop=None, se
 
     It answers both steps of Zero-shot-CoT, and Few-shot-CoT with a sentence that states the answer.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
     def one(prompt, k):
+        """-> the k-th completion of a prompt"""
         if prompt.endswith(tasks.COT_ANSWER):
             sides = re.findall(r"heads|tails", prompt)
             return " yes." if sides[-1] == "heads" else " no."
