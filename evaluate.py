@@ -225,7 +225,8 @@ def products_of_few_rows(model):
             return plain(x)
         y = ((layer.weight.t() if type(layer) is Conv1D else layer.weight) @ rows.t()).t().contiguous()
         return (y if layer.bias is None else y.add_(layer.bias)).view(*x.shape[:-1], -1)
-    layers = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, Conv1D) and layer.weight.device.type == "cpu"]
+    layers = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, Conv1D) and layer.weight.device.type == "cpu"
+              and not model._compiled_call_impl]  # a compiled model would be compiled again
     for layer in layers:
         layer.forward = functools.partial(product, layer, layer.forward)
     try:
