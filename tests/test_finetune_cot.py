@@ -217,7 +217,7 @@ def test_an_empty_set_after_curation_is_refused_and_leaves_no_file(published, ca
             row["completion"] = "no idea"
     files.write_json(path, content)
     message, _ = method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
-    assert message.startswith("error: no correct rationale is left for multiarith") and not (Path(published[1]) / "finetune_data").exists()
+    assert message.startswith("error: no correct rationale is left for multiarith") and not list((Path(published[1]) / "finetune_data").rglob("F_*"))
 
 
 def test_samples_that_are_too_long_are_dropped_and_counted(tmp_path, capsys, model_folder):
