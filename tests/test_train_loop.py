@@ -284,6 +284,7 @@ def test_any_number_of_ranks_sharded_or_not_gives_the_losses_and_weights_of_one_
         shutil.rmtree(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_when_a_rank_dies_the_others_end(tmp_path, model_folder):
     data = tmp_path / "data.json"
     data.write_text(json.dumps(toy_data(400)))
