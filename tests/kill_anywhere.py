@@ -96,6 +96,7 @@ def main():
         if end(start(whole, args.ranks, log), 300):
             sys.exit("FAILED: " + (Path(folder) / "log").read_text())
         takes, expected = time.monotonic() - at, contents(whole)
+        print(f"a run that is left alone takes {takes:.1f} s", flush=True)
         done = lost = 0
         while done < args.times:
             saved = Path(folder) / "killed"
@@ -109,7 +110,9 @@ def main():
                     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
                     victim = int(chance.choice(children)) if children else pid
                 os.kill(victim, sent)
+                ended = time.monotonic()
                 end(pid, 60)
+                print(f"{sent.name}: ended in {time.monotonic() - ended:.1f} s", flush=True)
                 done, kills[sent.name] = done + 1, kills.get(sent.name, 0) + 1
             if status := end(start(saved, args.ranks, log), 300):
                 sys.exit(f"FAILED with {status}: " + (Path(folder) / "log").read_text()[-2000:])

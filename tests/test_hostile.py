@@ -223,7 +223,7 @@ def test_runs_with_different_seeds_side_by_side_are_both_as_if_alone(tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_with_the_same_output_never_both_write_it(tmp_path):
-    done = two_runs(["--epochs", 150], ["--epochs", 150], tmp_path)
+    done = two_runs(["--method", "ft", "--epochs", 60], ["--method", "ft", "--epochs", 60], tmp_path)
     assert sorted(status for status, _ in done) == [0, 1] and "is being written by another run" in max(done)[1], done
 
 
