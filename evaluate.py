@@ -51,6 +51,10 @@ def load_model(name, dtype="float32"):
     except (OSError, SafetensorError, StrictDataclassError, *files.UNREADABLE) as e:  # files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
+    for module in model.modules():  # the same function as one operation instead of eight
+        for name, layer in module.named_children():
+            if type(layer) is transformers.activations.NewGELUActivation:
+                setattr(module, name, transformers.activations.GELUTanh())
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token, so a student could never stop: set eos_token")
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
@@ -80,16 +84,19 @@ def prefill(model, family, prompts, pad_id):
     Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
-    left, rows = family == "decoder", [torch.tensor([p], device=model.device) for p in prompts]
-    mask = join([torch.ones_like(row) for row in rows], 1, left)                # (B, T)
-    ids, state = join(rows, 1, left).masked_fill(mask == 0, pad_id), {"attention_mask": mask}
+    left, width = family == "decoder", max(map(len, prompts))
+    def padded(rows, value):
+        return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows], device=model.device)
+    ids, state = padded(prompts, pad_id), {"attention_mask": padded([[1] * len(p) for p in prompts], 0)}  # (B, T)
     if left:
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        output = model(input_ids=ids, **state, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True, **last)
+        positions = (state["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        output = model(input_ids=ids, **state, position_ids=positions, use_cache=True, **last)
     else:
-        state["encoder_outputs"] = model.get_encoder()(input_ids=ids, **state)
+        encoder_outputs = model.get_encoder()(input_ids=ids, **state)
         start = torch.full((len(prompts), 1), model.config.decoder_start_token_id, device=model.device)
-        output = model(**state, decoder_input_ids=start, use_cache=True)
+        output = model(**state, encoder_outputs=encoder_outputs, decoder_input_ids=start, use_cache=True)
+        state["decoder_attention_mask"] = torch.ones_like(start)
     if getattr(output, "past_key_values", None) is None:
         raise UserError(f"models of type {model.config.model_type} keep no key-value cache, so they cannot be decoded here")
     return output.logits[:, -1], state | {"past_key_values": output.past_key_values}
@@ -98,161 +105,61 @@ def prefill(model, family, prompts, pad_id):
 def next_logits(model, family, tokens, state):
     """(B,) tokens -> (B, V) logits of the tokens after them; state is carried on."""
     import torch
-    if family == "encoder_decoder":
-        output = model(**state, decoder_input_ids=tokens[:, None], use_cache=True)
-    else:
-        state["attention_mask"] = torch.cat([state["attention_mask"], torch.ones_like(tokens[:, None])], 1)
-        positions = state["attention_mask"].sum(-1, keepdim=True) - 1
-        output = model(input_ids=tokens[:, None], position_ids=positions, **state, use_cache=True)
+    own = "attention_mask" if family == "decoder" else "decoder_attention_mask"
+    state[own] = torch.cat([state[own], torch.ones_like(tokens[:, None])], 1)
+    if family == "decoder":
+        output = model(input_ids=tokens[:, None], position_ids=state[own].sum(-1, keepdim=True) - 1, **state, use_cache=True)
+    else:  # what the encoder has read is in the cache: only its shape is looked at
+        read = torch.zeros(1, device=model.device, dtype=model.dtype).expand(*state["attention_mask"].shape, model.config.hidden_size)
+        output = model(encoder_outputs=(read,), decoder_input_ids=tokens[:, None], **state, use_cache=True)
     state["past_key_values"] = output.past_key_values
     return output.logits[:, -1]
 
 
-def layers_of(state):
-    """-> [layer] of a Hugging Face cache, self-attention before cross-attention."""
-    cache = state["past_key_values"]
-    both = (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "cross_attention_cache") else (cache,)
-    return [layer for part in both for layer in part.layers]
-
-
-def join(tensors, dim, left, spare=0):
-    """Stack (B_i, .., T_i at dim, ..) along the batch, padded at dim with zeros, on the left or right; spare room behind is not cleared."""
-    (_, *inner), width, at = tensors[0].shape, max(t.shape[dim] for t in tensors), 0
-    joined = tensors[0].new_empty(sum(map(len, tensors)), *inner[:dim - 1], width + spare, *inner[dim:])
-    for t in tensors:
-        part, padding = joined[at:at + len(t)], width - t.shape[dim]
-        part.narrow(dim, 0 if left else t.shape[dim], padding).zero_()
-        part.narrow(dim, padding if left else 0, t.shape[dim]).copy_(t)
-        at += len(t)
-    return joined
-
-
-def room_for(model, rows):
-    """-> tokens to leave room for in a cache.  On a CPU, memory that is not written yet costs nothing: for all that may come."""
-    return max(row["limit"] for row in rows) if model.device.type == "cpu" else 64
-
-
-def is_plain(state):
-    """Whether all layers of the cache keep keys and values (B, H, T, D) of all tokens: no windows, no linear attention."""
-    from transformers.cache_utils import DynamicLayer
-    return all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers_of(state))
-
-
-def join_states(states, family, spare):
-    """Put the rows of several states below each other, padded (see `prefill`), with room for `spare` more tokens.
-
-    The layers of the joined cache write new tokens, and drop rows, in place.  As they come, they copy all they hold at every
-    token, which can take longer than the model."""
-    left, state, cuts = family == "decoder", states[0], [0] * len(states)
-    if left:  # columns that are padding in all rows left are not taken along
-        cuts = [int(one["attention_mask"].any(0).long().argmax()) for one in states]
-    for layer, *others in zip(*map(layers_of, states)):
-        parts = [(one.keys[:, :, cut:], one.values[:, :, cut:]) for one, cut in zip((layer, *others), cuts)]
-        width = max(keys.shape[2] for keys, _ in parts)
-        layer.room = {name: join(tensors, 2, left, spare) for name, tensors in zip(("keys", "values"), zip(*parts))}
-        layer.keys, layer.values = (room[:, :, :width] for room in layer.room.values())
-        layer.update, layer.reorder_cache = functools.partial(append_tokens, layer), functools.partial(move_rows, layer)
-        for one in others:
-            one.keys = one.values = one.room = None
-    state["attention_mask"] = join([one["attention_mask"][:, cut:] for one, cut in zip(states, cuts)], 1, left)
-    if not left:
-        state["encoder_outputs"].last_hidden_state = join([one["encoder_outputs"].last_hidden_state for one in states], 1, left)
-    return state
-
-
 def read_prompts_of(model, family, rows, pad_id):
     """`prefill` of the prompts of rows (longest first) in parts of like length and about 1,024 tokens: little padding, small
-    buffers.  A prompt is read once for all its rows.  -> (logits (B, V), state)"""
+    buffers.  A prompt is read once for all its rows.  Yields (rows, logits (B, V), state) of each part."""
     import torch
-    prompts, parts = {row["index"]: row["ids"] for row in rows}, [[]]
-    for prompt in prompts.values():
-        if parts[-1] and len(parts[-1]) * len(parts[-1][0]) >= 1024:
+    from data import decoding
+    parts = []
+    for row in rows:
+        read = {r["index"]: len(r["ids"]) for r in parts[-1]} if parts else {}
+        if not parts or row["index"] not in read and sum(read.values()) + len(row["ids"]) > 1024:
             parts.append([])
-        parts[-1].append(prompt)
-    logits, states = zip(*(prefill(model, family, part, pad_id) for part in parts))
-    if is_plain(states[0]):
-        logits, state = torch.cat(logits), join_states(states, family, room_for(model, rows))
-    else:
-        logits, state = prefill(model, family, list(prompts.values()), pad_id) if len(parts) > 1 else (logits[0], states[0])
-    if len(prompts) < len(rows):
-        places = [list(prompts).index(row["index"]) for row in rows]
-        logits = logits[places]
-        take_rows(state, torch.tensor(places, device=logits.device))
-    return logits, state
-
-
-def append_tokens(layer, keys, values, *_, **__):
-    """`update` of a cache layer that writes new keys and values (B, H, 1, D) into the room behind the old ones (B, H, T, D)."""
-    for name, new in (("keys", keys), ("values", values)):
-        old, room = getattr(layer, name), layer.room[name]
-        end = old.shape[2] + new.shape[2]
-        if end > room.shape[2]:
-            room = layer.room[name] = join([old], 2, False, spare=64)
-        room[:len(new), :, old.shape[2]:end] = new
-        setattr(layer, name, room[:len(new), :, :end])
-    return layer.keys, layer.values
-
-
-def move_rows(layer, rows):
-    """`reorder_cache` of a cache layer, in place where no row comes from before its new place (several samples of a prompt do)."""
-    for name in ("keys", "values"):
-        old = getattr(layer, name)
-        if len(rows) > len(old):
-            layer.room[name] = old = old[rows]
-        else:
-            moved = (rows != rows.new_tensor(range(len(rows)))).nonzero().squeeze(1)
-            old[moved] = old[rows[moved]]
-        setattr(layer, name, old[:len(rows)])
-
-
-def take_rows(state, rows):
-    """Go on with these rows (B',) only; a row may be taken several times."""
-    state["attention_mask"] = state["attention_mask"][rows]
-    if "encoder_outputs" in state:
-        state["encoder_outputs"].last_hidden_state = state["encoder_outputs"].last_hidden_state[rows]
-    state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
-
-
-@contextlib.contextmanager
-def products_of_few_rows(model):
-    """While it is open, layers on a CPU compute (W x^T)^T for x W^T where x has some 16 to 256 rows, as in a decoding step: the
-    same sums, for which BLAS has faster code (1.2 to 1.5 times, measured)."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-    def product(layer, plain, x):
-        rows = x.reshape(-1, x.shape[-1])
-        if not 16 <= len(rows) <= 256:
-            return plain(x)
-        y = ((layer.weight.t() if type(layer) is Conv1D else layer.weight) @ rows.t()).t().contiguous()
-        return (y if layer.bias is None else y.add_(layer.bias)).view(*x.shape[:-1], -1)
-    layers = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, Conv1D) and layer.weight.device.type == "cpu"
-              and not model._compiled_call_impl]  # a compiled model would be compiled again
-    for layer in layers:
-        layer.forward = functools.partial(product, layer, layer.forward)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+        parts[-1].append(row)
+    for part in parts:
+        prompts = {row["index"]: row["ids"] for row in part}
+        logits, state = prefill(model, family, list(prompts.values()), pad_id)
+        if len(parts) > 1 and not decoding.has_plain_cache(state):  # parts could not be put together
+            part, prompts = rows, {row["index"]: row["ids"] for row in rows}
+            logits, state = prefill(model, family, list(prompts.values()), pad_id)
+        if len(prompts) < len(part):
+            places = torch.tensor([list(prompts).index(row["index"]) for row in part], device=logits.device)
+            logits = logits[places]
+            decoding.keep(state, places)
+        yield part, logits, state
+        if part is rows:
+            return
 
 
 def decode(model, tokenizer, family, waiting, batch_size, temperature=0.0, top_p=1.0, stop=None):
     """Decode rows {"index", "ids", "limit", "random"}, batch_size of them side by side; yield each when it ends,
     (row, text, reason): `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit.
 
-    Rows that end leave; when a quarter has left, waiting ones of a decoder enter.  Raises UserError where logits are no numbers."""
+    Rows that end leave; when a quarter has left, waiting ones enter.  Raises UserError where logits are no numbers."""
     import torch
+    from data import decoding
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows, tokens, state = [], [], None
     while rows or waiting:
-        if waiting and (not rows or family == "decoder" and len(rows) <= batch_size * 3 // 4 and is_plain(state)):
+        if waiting and (not rows or len(rows) <= batch_size * 3 // 4 and decoding.can_start_late(model, family, state)):
             entering, waiting = waiting[:batch_size - len(rows)], waiting[batch_size - len(rows):]
-            more, entering_state = read_prompts_of(model, family, entering, pad_id)
-            logits = torch.cat([logits, more]) if rows else more
-            state = join_states([state, entering_state], family, room_for(model, rows + entering)) if rows else entering_state
-            rows, tokens = rows + entering, tokens + [[] for _ in entering]
+            for part, more, read in read_prompts_of(model, family, entering, pad_id):
+                state = decoding.enter(state if rows else None, read, batch_size) if decoding.has_plain_cache(read) else read
+                logits = torch.cat([logits, more]) if rows else more
+                rows, tokens = rows + part, tokens + [[] for _ in part]
         if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
             raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
                             f"{len(tokens[broken[0]]) + 1}: its weights are damaged, or too large for this --precision")
@@ -274,7 +181,7 @@ def decode(model, tokenizer, family, waiting, batch_size, temperature=0.0, top_p
             rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
             picked = picked[kept]
             if rows:
-                take_rows(state, torch.tensor(kept, device=picked.device))
+                decoding.keep(state, torch.tensor(kept, device=picked.device))
         if rows:
             logits = next_logits(model, family, picked, state)
 
@@ -321,6 +228,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     are kept as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions
     (UserError), cut them on the left, or skip them (empty completion, "length")."""
     import torch
+    from data import decoding
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     fitting, remark = fit_positions(model, family, ids, limits, too_long)
@@ -339,7 +247,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh = model.training, {}
     model.eval()
-    with torch.inference_mode(), products_of_few_rows(model), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
+    with decoding.packed_products(model), torch.inference_mode(), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
         decoding = decode(model, tokenizer, family, rows, batch_size, temperature, top_p, stop)
         for row, text, reason in files.progress(decoding, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
