@@ -318,17 +318,21 @@ def within_memory(advice):
         raise UserError(f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
 
 
-@contextlib.contextmanager
+NOT_WRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos")  # safetensors and tokenizers; torch
+
+
 def writing(path):
-    """Turn what a library raises where it cannot write into an OSError that names path (a full disk's does not by itself)."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
-    except Exception as e:  # tokenizers raise no narrower one
-        if not re.search(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos", str(e)):
-            raise
-        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): make room; what was there before is kept") from None
+    """Within this, what a library raises where it cannot write becomes an OSError that names path (a full disk's does not by itself).
+
+    Not an `except`: tokenizers raise Exception itself, and an `except` of that would take all others too."""
+    def name_it(kind, error, _):
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        if error and kind.__name__ in ("Exception", "RuntimeError", "SafetensorError") and NOT_WRITTEN.search(str(error)):
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): make room; what was there before is kept") from None
+    stack = contextlib.ExitStack()
+    stack.push(name_it)
+    return stack
 
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)  # what libraries raise
