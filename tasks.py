@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from data.files import UserError, read_json, safe_key, whole_characters
+from data.files import UserError, fingerprint, read_json, safe_key, whole_characters
 
 
 # ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
@@ -280,6 +280,11 @@ TEMPLATES = {  # prediction_template: {family: (prompt, label)}
 LABEL_STYLES = [name.removeprefix("ft_cot_") for name in TEMPLATES if name.startswith("ft_cot_")]  # --label_style
 for template, families in TEMPLATES.items():  # what a label has between rationale and answer announces the answer: '-->'
     PREFIXES.setdefault(template, next(iter(families.values()))[1].partition("{r}")[2].partition("{a}")[0].strip() or None)
+
+
+def texts_of(template, family):
+    """-> 16 hex digits that change with the words of a template: what was made before it was edited is not made with it."""
+    return fingerprint([TEMPLATES[template].get(family), COT_ANSWER])
 
 
 def format_sample(template, family, question, rationale="", answer="", examples=""):

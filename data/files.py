@@ -2,6 +2,7 @@
 
 Used by all modules; needs the standard library alone.
 """
+import collections
 import contextlib
 import glob
 import hashlib
@@ -54,10 +55,19 @@ def print_anything():
         stream.reconfigure(errors="backslashreplace")
 
 
+def without_doubles(pairs):
+    """An object of JSON; two halves of a file, joined by hand, may hold a key twice, of which json would drop the first."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(key, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:80]!r} is there twice in an object")
+    return value
+
+
 def parse_json(text, where):
     """-> the JSON value in text.  Raises UserError that names the place."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where} is not valid JSON ({e}): mend or delete it") from None
 

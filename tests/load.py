@@ -28,7 +28,8 @@ def make(folder, files, rows, seed=0, students=False):
     """Write completion files of two-step Zero-shot-CoT on a numeric task, about 2 kB a completion; -> their paths.
 
     As in the published files, nine of ten completions hold one number and the text is in the rationale.  With `students`,
-    rationale and answer are one completion, as those of fine-tuned students are: 15 numbers in 650 characters."""
+    rationale and answer are one completion, as those of fine-tuned students are, and as long as the published rationales of
+    multiarith and svamp: 250 characters, 7 numbers."""
     chance, paths = random.Random(seed), []
     text = lambda n: "".join(SENTENCE.format(*(chance.randrange(100) for _ in range(3))) for _ in range(n))
     samples = [{"sample_index": i, "question": text(2), "answer": str(chance.randrange(1000))} for i in range(600)]
@@ -37,7 +38,7 @@ def make(folder, files, rows, seed=0, students=False):
     for number in range(files):
         data = {}
         for j in range(rows):
-            s, reasoning = samples[j % 600], text(5)
+            s, reasoning = samples[j % 600], text(2 if students else 5)
             prompt = f"Q: {s['question']}\nA: Let's think step by step."
             right = chance.random() < 0.7
             row = {

@@ -54,6 +54,17 @@ def test_a_changed_benchmark_is_curated_again_and_its_old_completions_are_refuse
     assert "settings changed (samples" in out and "sample 2 is not sample 2 of multiarith" in message
 
 
+def test_an_edited_template_is_another_one_to_teacher_student_and_test(small_toy, tmp_path, capsys, monkeypatch):
+    for template, stage, name, words in (("zs_cot", "sample", "ft_cot", ("{q} Think.", "")), ("ft_cot_token", "curate", "ft_cot", ("{q} ###", " {r} ==> {a}")),
+                                         ("zs", "evaluate", "zs", ("{q} =", ""))):
+        flags = ("--saved", tmp_path, "--method", name, "--stage", stage, "--max_new_tokens", 2)
+        for words_changed in (None, False, True):
+            if words_changed:
+                monkeypatch.setitem(tasks.TEMPLATES, template, tasks.TEMPLATES[template] | {"decoder": words})
+            message, out = method(capsys, *flags)
+            assert message is None and (f"{stage}: settings changed (texts" in out) == bool(words_changed) and ("skipped" in out) == (words_changed is False), out
+
+
 def test_changed_few_shot_examples_make_completions_again(small_toy, tmp_path, capsys, model_folder):
     flags = ("--saved", tmp_path, "--data", tmp_path, "--teacher", f"hf:{model_folder('gpt2')}", "--teacher_method", "fs_cot", "--stage", "sample",
              "--degree", 1, "--temperature", 0, "--teacher_max_new_tokens", 2)
