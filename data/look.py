@@ -109,8 +109,8 @@ def diff(args):
     a, b = ({(row["sample_index"], row["completion_index"]): (row, outcome == "right", verdicts) for row, outcome, verdicts in judged}
             for judged in files)
     both = sorted(a.keys() & b.keys())
-    if not both or any(a[key][0]["question"].strip() != b[key][0]["question"].strip() for key in both):
-        raise UserError(f"{args.a} and {args.b} hold no completions of the same questions: compare two files of one task")
+    if not both or any(a[key][0][k].strip() != b[key][0][k].strip() for key in both for k in ("question", "answer")):
+        raise UserError(f"{args.a} and {args.b} hold no completions of the same questions and gold answers: compare two files of one task")
     unlike = [key for key in both if a[key][1] != b[key][1]]
     for key in unlike[:args.limit]:
         for path, (row, right, verdicts) in ((args.a, a[key]), (args.b, b[key])):

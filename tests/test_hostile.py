@@ -5,15 +5,18 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 
 import pytest
 import torch
 
 import evaluate
 import finetune_cot
+import kill_anywhere
 import tasks
 import train_loop
 from conftest import KEY, ROOT, run, tiny_model, tiny_tokenizer
@@ -191,6 +194,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(content, tmp
     train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=4, keep=2)
     train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "whole", epochs=4)
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_pipeline_that_is_killed_twice_ends_as_if_left_alone(tmp_path, monkeypatch):
+    """The short form of tests/kill_anywhere.py."""
+    monkeypatch.setattr(kill_anywhere, "FLAGS", ["--method", "ft_cot", "--epochs", "1", "--max_new_tokens", "8", "--checkpoint_steps", "1", "--device", "cpu"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with open(tmp_path / "log", "w+") as log:
+        began, ended = time.monotonic(), []
+        assert kill_anywhere.end(kill_anywhere.start(whole, 1, log), 60) == 0
+        takes = time.monotonic() - began
+        for share in (0.5, 0.3):
+            pid = kill_anywhere.start(killed, 1, log)
+            time.sleep(share * takes)
+            os.kill(pid, signal.SIGKILL)
+            ended.append(kill_anywhere.end(pid, 60))
+        assert -signal.SIGKILL in ended and kill_anywhere.end(kill_anywhere.start(killed, 1, log), 60) == 0
+    assert kill_anywhere.contents(killed) == kill_anywhere.contents(whole)
 
 
 # ---------------------------------------------------------------- two at once
