@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import traceback
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ import finetune_cot
 import kill_anywhere
 import tasks
 import train_loop
+from api_server import batch_line
 from conftest import KEY, ROOT, run, tiny_model, tiny_tokenizer
-from data import archive, files, prepare, toy
+from data import archive, batch, files, prepare, teacher, toy
 from data.files import UserError
 from test_finetune_cot import SMALL, contents, method, small_toy  # noqa: F401 (a fixture)
 from test_train_loop import ONE_RANK, arguments, toy_data, train_all
@@ -325,12 +327,26 @@ def test_names_of_devices_and_ways_out_are_no_keys(name, tmp_path, capsys):
         assert message and message.startswith("error: ") and "\n" not in message and not (tmp_path / "saved").exists(), message
 
 
-def test_the_api_key_is_in_no_file_and_no_output_of_the_whole_program(small_toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    message, out = method(capsys, "--saved", tmp_path, "--method", "ft", "ft_cot", "zs", *SMALL)
-    assert message is None and KEY not in out
-    for path in tmp_path.rglob("*"):
-        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+def test_the_api_key_is_in_no_file_no_output_and_no_traceback_of_the_whole_program(ask, server, tmp_path, capsys, monkeypatch):
+    """Every stage with an API teacher, here and there; `ask` looks at what it prints and, in the end, into every file."""
+    monkeypatch.setattr(batch, "POLL", 0.01)
+    server.batch_output = lambda made, lines: server.finish_batch(made, [batch_line(line) for line in lines], "completed", None)
+    small = ("--method", "ft_cot", "--epochs", 1, "--max_new_tokens", 4, "--rules", "paper")
+    for flags in (("--batch", "submit"), ("--batch", "status"), ("--batch", "fetch"), ("--dry_run",), ("--stage", "all", "--student", "toy", *small),
+                  *(("--stage", stage, "--label_style", "chat", "--student", "gpt-small", *small) for stage in ("curate", "train", "evaluate"))):
+        message, out = ask("--teacher_method", "zs_cot", *flags)
+        assert message is None, (flags, message)
+    written = sorted(map(str, (tmp_path / "completion_data").glob("*/*.json")))
+    assert len(written) == 3 and (tmp_path / "model_metadata").exists() and (tmp_path / "models").exists()
+    for command in (["score", *written, "--part", "all", "--allow_partial"], ["table", "--saved", str(tmp_path), "--allow_partial"], ["show", written[0]]):
+        evaluate.main(command)
+        assert KEY not in f"{capsys.readouterr()}"
+    def crashes(*_):
+        raise ZeroDivisionError
+    monkeypatch.setattr(teacher, "read_reply", crashes)
+    with pytest.raises(ZeroDivisionError) as caught:
+        ask("--teacher", "gpt-other")
+    assert KEY not in "".join(traceback.format_exception(caught.value)) and KEY not in f"{capsys.readouterr()}"
 
 
 # ---------------------------------------------------------------- archives
