@@ -156,7 +156,7 @@ HEAVY = ["1", "1,", "1 ", "9 = ", "3.5 ", "y a ", "(A) ", "A ", "no ", "the answ
 
 
 @pytest.mark.parametrize("rules", ["paper", "flexible"])
-@amount(200_000, 10_000_000)
+@amount(50_000, 10_000_000)
 def test_a_completion_of_ten_megabytes_is_judged_within_two_seconds(cases, rules):
     for piece in HEAVY:
         for task in ("gsm8k", "svamp", "aqua", "coin_flip", "last_letter_concatenation") if cases > 10**6 else ("svamp", "last_letter_concatenation"):
