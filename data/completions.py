@@ -49,7 +49,7 @@ METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | 
 TEXT_OR_NOT = [str, type(None)]
 ROW_TYPES = {"sample_index": [int], "completion_index": [int], "question": [str], "answer": [str], "completion": TEXT_OR_NOT,
              "reasoning_completion": TEXT_OR_NOT}
-KINDS_OF_ROW = set(itertools.product(*ROW_TYPES.values()))  # asked once a row, and a bool is no int
+KINDS_OF_ROW = set(itertools.product(*ROW_TYPES.values()))  # compared as one, which is quick; a bool is no int
 PLACE = operator.itemgetter("sample_index", "completion_index")
 
 
