@@ -469,6 +469,8 @@ def main(argv=None):
         (args := parse_args(argv)).run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        sys.exit(files.lost_rank(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

@@ -487,6 +487,8 @@ def main(argv=None):
             train_loop.dist.destroy_process_group()
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        sys.exit(files.lost_rank(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

@@ -328,6 +328,16 @@ def within_memory(advice):
         raise UserError(f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
 
 
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited|recvBytes")  # gloo; NCCL
+
+
+def lost_rank(error):
+    """-> what a rank says when another one has died.  Raises every other error again."""
+    if not LOST_RANK.search(str(error)):
+        raise error
+    return "error: another rank has ended, so this one ends too: what is finished is kept; start the same command again to go on"
+
+
 NOT_WRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos")  # safetensors and tokenizers; torch
 
 

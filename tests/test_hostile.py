@@ -164,6 +164,18 @@ def test_other_errors_are_not_taken_for_want_of_memory():
         raise RuntimeError("shape mismatch")
 
 
+def test_a_rank_whose_peer_has_died_says_so_and_other_errors_stay(monkeypatch, capsys):
+    for text, said in (("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer", "another rank has ended"), ("shape", None)):
+        def fails(args):
+            raise RuntimeError(text)
+        monkeypatch.setattr(finetune_cot, "run", fails)
+        if said:
+            assert said in method(capsys, "--stage", "curate")[0]
+        else:
+            with pytest.raises(RuntimeError, match=text):
+                method(capsys, "--stage", "curate")
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_no_number_stops_at_its_step_and_the_last_checkpoint_stays(what, tmp_path, monkeypatch):
     micro_loss, calls = train_loop.micro_loss, []
