@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import tasks
-from data.completions import few_shot_examples, make_completions, read_completions  # noqa: F401 (names of this module too)
+from data.completions import check_rows, few_shot_examples, make_completions, read_completions, rows_of_part  # noqa: F401 (names of this module too)
 from data import completions, files
 from data.files import UserError
 
@@ -271,39 +271,12 @@ def wilson(correct, n, z=1.959964):
     return 100 * max(0.0, middle - half) / (1 + z2), 100 * min(1 + z2, middle + half) / (1 + z2)
 
 
-def check_rows(path, rows, task, samples, data_dir):
-    """Raise UserError for a completion that is not of these samples: foreign, or with another question or gold answer."""
-    for row in rows:
-        i = row["sample_index"]
-        if not 0 <= i < len(samples) or any(row[k].strip() != samples[i][k].strip() for k in ("question", "answer")):
-            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): "
-                            "the file was made from other data")
-
-
-def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
-    """-> the rows of the asked part, checked against the dataset: no sample may be missing, foreign or differ from it."""
-    task = metadata["dataset_key"]
-    if part == "all" and task != "toy" and not (Path(data_dir) / "dataset" / f"{task}.json").exists():
-        return rows  # nothing to check against: the rows carry their gold answers
-    samples = tasks.load(task, data_dir)
-    check_rows(path, rows, task, samples, data_dir)
-    if part == "validation":
-        wanted = set(metadata.get("validation") or [])
-    else:
-        wanted = set(range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[part == "test"])
-    missing = sorted(wanted - {row["sample_index"] for row in rows})
-    if missing and not allow_partial:
-        raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
-                        "complete it, choose another --part, or score what there is with --allow_partial")
-    return [row for row in rows if row["sample_index"] in wanted]
-
-
 def judge_rows(metadata, rows, rules):
     """-> [(row, "right", "wrong" or "unreadable" by these rules, {rules: Verdict})]"""
+    judges = [(r, tasks.judge_of(metadata["dataset_key"], metadata.get("prediction_template"), r)) for r in ("paper", "flexible")]
     judged = []
     for row in rows:
-        verdicts = {r: tasks.judge(metadata["dataset_key"], metadata.get("prediction_template"), row["completion"], row["answer"], r)
-                    for r in ("paper", "flexible")}
+        verdicts = {r: judge(row["completion"], row["answer"]) for r, judge in judges}
         asked = verdicts[rules]
         judged.append((row, "right" if asked.correct else "unreadable" if asked.prediction in (None, "") else "wrong", verdicts))
     return judged
@@ -311,7 +284,11 @@ def judge_rows(metadata, rows, rules):
 
 def score(path, part="test", split="default", data_dir="data", rules="paper", allow_partial=False):
     """-> one dict: what the file is, n, accuracy by the asked rules with its 95% interval, and both rules' measures (all %)."""
-    metadata, rows = read_completions(path)
+    return score_rows(path, *read_completions(path), part, split, data_dir, rules, allow_partial)[0]
+
+
+def score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial):
+    """-> (score, judge_rows of the part) of what was read from path."""
     rows = rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial)
     if not rows:
         raise UserError(f"{path} has no completion of part '{part}'")
@@ -328,7 +305,7 @@ def score(path, part="test", split="default", data_dir="data", rules="paper", al
             **{r: percent(v[r].correct for _, _, v in judged) for r in ("paper", "flexible")},
             **{k: percent(getattr(v[rules], k) for _, _, v in judged) for k in ("contains_answer", "correct_format")},
             "complete": percent(row.get("finish_reason") == "stop" for row in rows),
-            "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}
+            "no_answer": sum(v[rules].prediction in (None, "") for _, _, v in judged)}, judged
 
 
 # ---------------- Command line
@@ -400,6 +377,8 @@ def main(argv=None):
         (args := parse_args(argv)).run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        sys.exit(files.lost_rank(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

@@ -71,7 +71,8 @@ def sample(args):
         return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
     settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
-                "seed": args.data_seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": files.fingerprint(samples)}
+                "seed": args.data_seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": files.fingerprint(samples),
+                "texts": tasks.texts_of(args.teacher_method, "decoder")}
     if args.teacher.startswith("hf:"):
         import train_loop
         settings["model"] = files.model_fingerprint(args.teacher[3:])
@@ -137,7 +138,8 @@ def curation(args, method):
                         "run --stage sample, or put the teacher's file there")
     samples = files.fingerprint(tasks.load(args.task, args.data))
     source = samples if method == "ft" else files.file_sha256(completions)
-    settings = {"source": source, "samples": samples, "split": args.split, "train": files.fingerprint(train), "template": template, "family": family}
+    settings = {"source": source, "samples": samples, "split": args.split, "train": files.fingerprint(train), "template": template,
+                "family": family, "texts": tasks.texts_of(template, family)}
     if method == "ft_cot":
         rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
         settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules, **files.curation_options(args)}
@@ -239,7 +241,7 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     rest, validation = tasks.set_aside(train, args.validation if method in FINE_TUNED else 0, args.data_seed)
     samples = [samples[i] for i in indices + validation]
     settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
-                "samples": files.fingerprint(samples)}
+                "samples": files.fingerprint(samples), "texts": tasks.texts_of(template, family)}
     k, temperature = args.eval_samples, args.eval_temperature if args.eval_samples > 1 else 0.0
     settings |= {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
     examples = few_shot(args, method, settings)
@@ -485,6 +487,8 @@ def main(argv=None):
             train_loop.dist.destroy_process_group()
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        sys.exit(files.lost_rank(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

@@ -8,13 +8,14 @@ importing this module needs neither torch nor numpy.
     tasks.judge("multiarith", "ft_cot_token", "3 + 4 = 7 --> 7", "7").correct     # True
 """
 import difflib
+import functools
 import operator
 import random
 import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from data.files import UserError, read_json, safe_key, whole_characters
+from data.files import UserError, fingerprint, read_json, safe_key, whole_characters
 
 
 # ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
@@ -41,13 +42,15 @@ def paper_yes_no(text):
 # ---------------- Cleansing 2: the flexible rules, what a careful person reads; [(position, value)]
 
 # Where an answer is announced.  'So the answer (arabic numerals) is 12', 'Answer: C', '--> yes', '#### 7', '\boxed{7}'
-MARKER = re.compile(r"-->|####|\\boxed\{|\banswers?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|:|=)", re.I)
+# (The lookahead says what a match begins with: it passes quickly over all other places of a text.)
+MARKER = re.compile(r"(?=[-#\\a])(?:-->|####|\\boxed\{|\banswers?\b[^.\n]{0,60}?(?:\bis\b|\bare\b|:|=))", re.I)
 NEXT_QUESTION = re.compile(r"\n\s{0,9}(?:Q|Question):", re.I)  # a base model may go on and ask itself the next question
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 AN_END = 100_000  # characters: of a longer completion, beginning and end are read
-VALUE = re.compile(r"(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}\b)?"  # -$1,234.5; 1e3
-                   r"|(?<![\w.])[-\u2212]?\$?\.\d+"                   # .5
-                   r"|\d+(?:,\d{3})*(?:\.\d+)?", re.ASCII)            # the 4 of '3-4' or of '4x'
+VALUE = re.compile(r"(?=[-\u2212$.\d])"
+                   r"(?:(?<![\w.)\]])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:e[+-]?\d{1,3}\b)?"  # -$1,234.5; 1e3
+                   r"|(?<![\w.])[-\u2212]?\$?\.\d+"                  # .5
+                   r"|\d+(?:,\d{3})*(?:\.\d+)?)", re.ASCII)          # the 4 of '3-4' or of '4x'
 
 
 def read_numbers(text):
@@ -214,7 +217,8 @@ def flexible_prediction(rules, prefix, text):
         return (found[0][1], [found[0][1]]) if found else (None, [])
     announcements = [m.end() for m in MARKER.finditer(text) if m.end() <= found[-1][0]] or ([] if prefix else [0])
     first = next(f[0] for f in found if f[0] >= announcements[-1]) if announcements else found[-1][0]
-    begin = max([m.end() for m in SENTENCE_END.finditer(text, 0, first)] + announcements[-1:], default=0)
+    start = announcements[-1] if announcements else 0
+    begin = max((m.end() for m in SENTENCE_END.finditer(text, start, first)), default=start)
     end = m.start() if (m := SENTENCE_END.search(text, first)) else len(text)
     in_sentence = [(f[0] - begin, *f[1:]) for f in found if begin <= f[0] < end]
     return rules.pick(text[begin:end], in_sentence, bool(announcements)), [f[1] for f in found]
@@ -225,21 +229,30 @@ def judge(task, template, completion, answer, rules="paper"):
 
     rules="paper" is identical to the published evaluator, quirks included; rules="flexible" reads as a careful person
     would.  Raises UserError for an unknown task, template or rule set, or a gold answer that cannot be read."""
-    kind, text = find_task(task).kind, completion or ""  # an API may send null
+    return judge_of(task, template, rules)(completion, answer)
+
+
+def judge_of(task, template, rules="paper"):
+    """-> function(completion, answer) -> Verdict: `judge` for many completions of one file, gold answers read once."""
+    kind = find_task(task).kind
     if template not in PREFIXES:
         raise UserError(f"there is no prediction template {template!r}: choose from {', '.join(map(str, PREFIXES))}")
     if rules not in ("paper", "flexible"):
         raise UserError(f"there are no {rules!r} rules: choose paper or flexible")
     prefix, reading = PREFIXES[template], getattr(kind, rules)
     predict = paper_prediction if rules == "paper" else flexible_prediction
-    prediction, candidates = predict(reading, prefix, text)
-    try:
-        gold = reading.gold(answer)
-    except ValueError:
-        raise UserError(f"the gold answer {answer[:80]!r} of {task} is not a {kind.name}") from None
-    correct = prediction is not None and reading.same(prediction, gold)
-    contains = correct or len(candidates) > 1 and any(reading.same(candidate, gold) for candidate in {*candidates})
-    return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
+    read_gold = functools.cache(reading.gold)
+    def verdict(completion, answer):
+        text = completion or ""  # an API may send null
+        prediction, candidates = predict(reading, prefix, text)
+        try:
+            gold = read_gold(answer)
+        except ValueError:
+            raise UserError(f"the gold answer {answer[:80]!r} of {task} is not a {kind.name}") from None
+        correct = prediction is not None and reading.same(prediction, gold)
+        contains = correct or len(candidates) > 1 and any(reading.same(candidate, gold) for candidate in {*candidates})
+        return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
+    return verdict
 
 
 # ---------------- Prompt and label templates (paper §3 and the published code)
@@ -267,6 +280,11 @@ TEMPLATES = {  # prediction_template: {family: (prompt, label)}
 LABEL_STYLES = [name.removeprefix("ft_cot_") for name in TEMPLATES if name.startswith("ft_cot_")]  # --label_style
 for template, families in TEMPLATES.items():  # what a label has between rationale and answer announces the answer: '-->'
     PREFIXES.setdefault(template, next(iter(families.values()))[1].partition("{r}")[2].partition("{a}")[0].strip() or None)
+
+
+def texts_of(template, family):
+    """-> 16 hex digits that change with the words of a template: what was made before it was edited is not made with it."""
+    return fingerprint([TEMPLATES[template].get(family), COT_ANSWER])
 
 
 def format_sample(template, family, question, rationale="", answer="", examples=""):

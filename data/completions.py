@@ -2,7 +2,9 @@
 
 Any model behind `complete(prompts, n, temperature, max_new_tokens, stop)` makes one; evaluation and curation read it.
 """
+import itertools
 import json
+import operator
 from pathlib import Path
 
 import tasks
@@ -44,8 +46,11 @@ def make_completions(complete, samples, method, family, template, degree=1, temp
 
 METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None, "settings": dict | None} | {k: str | None for k in (
     "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
-ROW_TYPES = {"sample_index": int, "completion_index": int, "question": str, "answer": str, "completion": str | None,
-             "reasoning_completion": str | None}
+TEXT_OR_NOT = [str, type(None)]
+ROW_TYPES = {"sample_index": [int], "completion_index": [int], "question": [str], "answer": [str], "completion": TEXT_OR_NOT,
+             "reasoning_completion": TEXT_OR_NOT}
+KINDS_OF_ROW = set(itertools.product(*ROW_TYPES.values()))  # compared as one, which is quick; a bool is no int
+PLACE = operator.itemgetter("sample_index", "completion_index")
 
 
 def read_completions(path, task=None):
@@ -67,17 +72,44 @@ def read_completions(path, task=None):
     rows = []
     for index, many in data.items():
         for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or str(row.get("sample_index")) != index or "completion" not in row \
-                    or not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items()) \
-                    or isinstance(row["sample_index"], bool) or isinstance(row["completion_index"], bool):
+            if not isinstance(row, dict) or tuple(map(type, map(row.get, ROW_TYPES))) not in KINDS_OF_ROW \
+                    or str(row["sample_index"]) != index or "completion" not in row:
                 raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
                                 "completion, or one is not what it should be")
             rows.append(row)
-    rows.sort(key=lambda r: (r["sample_index"], r["completion_index"]))
-    for a, b in zip(rows, rows[1:]):
-        if (a["sample_index"], a["completion_index"]) == (b["sample_index"], b["completion_index"]):
-            raise UserError(f"{path}: completion {a['completion_index']} of sample {a['sample_index']} is there twice")
+    rows.sort(key=PLACE)
+    for (i, k), following in itertools.pairwise(map(PLACE, rows)):
+        if (i, k) == following:
+            raise UserError(f"{path}: completion {k} of sample {i} is there twice")
     return metadata, rows
+
+
+def check_rows(path, rows, task, samples, data_dir):
+    """Raise UserError for a completion that is not of these samples: foreign, or with another question or gold answer."""
+    gold = [(sample["question"].strip(), sample["answer"].strip()) for sample in samples]
+    for row in rows:
+        i = row["sample_index"]
+        if not 0 <= i < len(gold) or (row["question"].strip(), row["answer"].strip()) != gold[i]:
+            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): "
+                            "the file was made from other data")
+
+
+def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
+    """-> the rows of the asked part, checked against the dataset: no sample may be missing, foreign or differ from it."""
+    task = metadata["dataset_key"]
+    if part == "all" and task != "toy" and not (Path(data_dir) / "dataset" / f"{task}.json").exists():
+        return rows  # nothing to check against: the rows carry their gold answers
+    samples = tasks.load(task, data_dir)
+    check_rows(path, rows, task, samples, data_dir)
+    if part == "validation":
+        wanted = set(metadata.get("validation") or [])
+    else:
+        wanted = set(range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[part == "test"])
+    missing = sorted(wanted - {row["sample_index"] for row in rows})
+    if missing and not allow_partial:
+        raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
+                        "complete it, choose another --part, or score what there is with --allow_partial")
+    return [row for row in rows if row["sample_index"] in wanted]
 
 
 def is_made(stage, args, path, settings):

@@ -2,6 +2,7 @@
 
 Used by all modules; needs the standard library alone.
 """
+import collections
 import contextlib
 import glob
 import hashlib
@@ -54,10 +55,19 @@ def print_anything():
         stream.reconfigure(errors="backslashreplace")
 
 
+def without_doubles(pairs):
+    """An object of JSON; two halves of a file, joined by hand, may hold a key twice, of which json would drop the first."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(key, _)] = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:80]!r} is there twice in an object")
+    return value
+
+
 def parse_json(text, where):
     """-> the JSON value in text.  Raises UserError that names the place."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where} is not valid JSON ({e}): mend or delete it") from None
 
@@ -318,17 +328,31 @@ def within_memory(advice):
         raise UserError(f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
 
 
-@contextlib.contextmanager
+LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited|recvBytes")  # gloo; NCCL
+
+
+def lost_rank(error):
+    """-> what a rank says when another one has died.  Raises every other error again."""
+    if not LOST_RANK.search(str(error)):
+        raise error
+    return "error: another rank has ended, so this one ends too: what is finished is kept; start the same command again to go on"
+
+
+NOT_WRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos")  # safetensors and tokenizers; torch
+
+
 def writing(path):
-    """Turn what a library raises where it cannot write into an OSError that names path (a full disk's does not by itself)."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
-    except Exception as e:  # tokenizers raise no narrower one
-        if not re.search(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos", str(e)):
-            raise
-        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}): make room; what was there before is kept") from None
+    """Within this, what a library raises where it cannot write becomes an OSError that names path (a full disk's does not by itself).
+
+    Not an `except`: tokenizers raise Exception itself, and an `except` of that would take all others too."""
+    def name_it(kind, error, _):
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        if error and kind.__name__ in ("Exception", "RuntimeError", "SafetensorError") and NOT_WRITTEN.search(str(error)):
+            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): make room; what was there before is kept") from None
+    stack = contextlib.ExitStack()
+    stack.push(name_it)
+    return stack
 
 
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)  # what libraries raise

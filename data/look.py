@@ -31,8 +31,8 @@ def print_scores(scores):
 
 def score_with_votes(path, **what):
     """evaluate.score, with "votes" where questions were answered several times."""
-    s = evaluate.score(path, **what)
-    several = s["n"] >= 2 * s["questions"] and votes(s, what["data_dir"], what["allow_partial"])
+    s, judged = evaluate.score_rows(path, *evaluate.read_completions(path), **what)
+    several = s["n"] >= 2 * s["questions"] and votes(judged, s["rules"])
     return s | ({"votes": several} if several else {})
 
 
@@ -60,20 +60,18 @@ def pass_at_k(n, correct, k):
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def by_question(metadata, rows, rules):
-    """-> {sample_index: [(prediction, right), ...] in order of completion}"""
+def by_question(judged, rules):
+    """-> {sample_index: [(prediction, right), ...] in order of completion}, of what evaluate.judge_rows gives"""
     questions = {}
-    for row, outcome, verdicts in evaluate.judge_rows(metadata, rows, rules):
+    for row, outcome, verdicts in judged:
         questions.setdefault(row["sample_index"], []).append((verdicts[rules].prediction, outcome == "right"))
     return questions
 
 
-def votes(s, data_dir, allow_partial=False):
-    """-> {"k", "questions", "maj", "maj_low", "maj_high", "pass": {k: %}} of the scored file s, k the answers that every question
+def votes(judged, rules):
+    """-> {"k", "questions", "maj", "maj_low", "maj_high", "pass": {k: %}} of judged completions, k the answers that every question
     has at least; None where some question has one."""
-    metadata, rows = evaluate.read_completions(s["file"])
-    rows = evaluate.rows_of_part(s["file"], metadata, rows, s["part"], s["split"], data_dir, allow_partial)
-    questions = list(by_question(metadata, rows, s["rules"]).values())
+    questions = list(by_question(judged, rules).values())
     k, n = min(map(len, questions)), len(questions)
     if k < 2:
         return None
@@ -92,7 +90,7 @@ def describe(v):
 
 def describe_votes(s, data_dir):
     """-> what votes says of a scored file, in one line."""
-    return describe(votes(s, data_dir))
+    return describe(score_with_votes(s["file"], part=s["part"], split=s["split"], data_dir=data_dir, rules=s["rules"], allow_partial=False)["votes"])
 
 
 # ---------------- Two runs on the same questions
@@ -107,12 +105,12 @@ def mcnemar(first, second):
 def diff(args):
     """Print the completions on which one file is right and the other is not, how many there are of each, and, over questions (by
     majority where they have several answers), the exact McNemar test."""
-    files = [evaluate.read_completions(path) for path in (args.a, args.b)]
-    a, b = ({(row["sample_index"], row["completion_index"]): (row, outcome == "right", verdicts)
-             for row, outcome, verdicts in evaluate.judge_rows(*file, args.rules)} for file in files)
+    files = [evaluate.judge_rows(*evaluate.read_completions(path), args.rules) for path in (args.a, args.b)]
+    a, b = ({(row["sample_index"], row["completion_index"]): (row, outcome == "right", verdicts) for row, outcome, verdicts in judged}
+            for judged in files)
     both = sorted(a.keys() & b.keys())
-    if not both or any(a[key][0]["question"].strip() != b[key][0]["question"].strip() for key in both):
-        raise UserError(f"{args.a} and {args.b} hold no completions of the same questions: compare two files of one task")
+    if not both or any(a[key][0][k].strip() != b[key][0][k].strip() for key in both for k in ("question", "answer")):
+        raise UserError(f"{args.a} and {args.b} hold no completions of the same questions and gold answers: compare two files of one task")
     unlike = [key for key in both if a[key][1] != b[key][1]]
     for key in unlike[:args.limit]:
         for path, (row, right, verdicts) in ((args.a, a[key]), (args.b, b[key])):
@@ -123,7 +121,7 @@ def diff(args):
         return [pairs.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
     print("\n{} completions in both files: {} right in both, {} in the first alone, {} in the second alone, {} in neither"
           .format(len(both), *counts([(a[key][1], b[key][1]) for key in both])))
-    qa, qb = (by_question(*file, args.rules) for file in files)
+    qa, qb = (by_question(judged, args.rules) for judged in files)
     pairs = [(majority(qa[i]), majority(qb[i])) for i in sorted(qa.keys() & qb.keys())]
     _, first, second, _ = counts(pairs)
     shares = [100 * sum(column) / len(pairs) for column in zip(*pairs)]
@@ -162,14 +160,14 @@ def paper_value(results, s):
 def score_run(path, data_dir, rules, allow_partial):
     """-> (score of a file, its row's name).  Teachers are scored on all samples and all repeats, as in the paper, students on the
     test part; "validation": on the share that was set aside, if there is one; "votes": where questions have several answers."""
-    metadata, _ = evaluate.read_completions(path)
+    metadata, rows = evaluate.read_completions(path)
     is_student = metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
     where = metadata.get("split") or "default", data_dir, rules, allow_partial
-    s = evaluate.score(path, "test" if is_student else "all", *where)
+    s, judged = evaluate.score_rows(path, metadata, rows, "test" if is_student else "all", *where)
     label = s["train_key"] or s["method"] or "?"
     if metadata.get("validation"):
-        s["validation"] = evaluate.score(path, "validation", *where)["accuracy"]
-    if s["n"] >= 2 * s["questions"] and (v := votes(s, data_dir, allow_partial)):
+        s["validation"] = evaluate.score_rows(path, metadata, rows, "validation", *where)[0]["accuracy"]
+    if s["n"] >= 2 * s["questions"] and (v := votes(judged, rules)):
         s["votes"] = v
         label += f", {v['k']} samples a question" if is_student else ""
     return s, label

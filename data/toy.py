@@ -7,6 +7,7 @@ import random
 import re
 
 import tasks
+from data.files import writing
 
 SIDES = {True: "heads", False: "tails"}
 NAMES = "Ann Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mia Nils Olga Paul".split()
@@ -86,5 +87,6 @@ def make_toy_student(folder, seed):
     config = GPT2Config(vocab_size=len(fast), n_layer=2, n_head=4, n_embd=128, n_positions=128, bos_token_id=0, eos_token_id=0,
                         initializer_range=0.08,  # 1/sqrt(128): at GPT-2's 0.02, meant for 768 wide, it learns at half the speed
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    fast.save_pretrained(folder)
+    with writing(folder):
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        fast.save_pretrained(folder)

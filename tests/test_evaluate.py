@@ -318,6 +318,14 @@ def test_completions_that_do_not_belong_are_found_and_named(tmp_path, change, me
         evaluate.score(path)
 
 
+def test_a_sample_that_two_halves_of_a_file_hold_is_not_dropped_silently(tmp_path):
+    path = completion_file(tmp_path / "f.json", n=9)
+    text = path.read_text()
+    path.write_text(text.replace('"data": {', '"data": {"5": [],', 1))
+    with pytest.raises(UserError, match="f.json is not valid JSON .the key '5' is there twice in an object"):
+        evaluate.score(path)
+
+
 def test_score_prints_a_line_or_an_object_for_each_file(tmp_path):
     paths = [completion_file(tmp_path / f"{i}.json") for i in (1, 2)]
     done = run("evaluate.py", "score", *paths, "--json")

@@ -5,19 +5,24 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+import traceback
 
 import pytest
 import torch
 
 import evaluate
 import finetune_cot
+import kill_anywhere
 import tasks
 import train_loop
+from api_server import batch_line
 from conftest import KEY, ROOT, run, tiny_model, tiny_tokenizer
-from data import archive, files, prepare, toy
+from data import archive, batch, files, prepare, teacher, toy
 from data.files import UserError
 from test_finetune_cot import SMALL, contents, method, small_toy  # noqa: F401 (a fixture)
 from test_train_loop import ONE_RANK, arguments, toy_data, train_all
@@ -52,6 +57,17 @@ def test_a_changed_benchmark_is_curated_again_and_its_old_completions_are_refuse
     files.write_json(data / "dataset/multiarith.json", {"metadata": {"dataset_key": "multiarith"}, "data": samples})
     message, out = method(capsys, *flags)
     assert "settings changed (samples" in out and "sample 2 is not sample 2 of multiarith" in message
+
+
+def test_an_edited_template_is_another_one_to_teacher_student_and_test(small_toy, tmp_path, capsys, monkeypatch):
+    for template, stage, name, words in (("zs_cot", "sample", "ft_cot", ("{q} Think.", "")), ("ft_cot_token", "curate", "ft_cot", ("{q} ###", " {r} ==> {a}")),
+                                         ("zs", "evaluate", "zs", ("{q} =", ""))):
+        flags = ("--saved", tmp_path, "--method", name, "--stage", stage, "--max_new_tokens", 2)
+        for words_changed in (None, False, True):
+            if words_changed:
+                monkeypatch.setitem(tasks.TEMPLATES, template, tasks.TEMPLATES[template] | {"decoder": words})
+            message, out = method(capsys, *flags)
+            assert message is None and (f"{stage}: settings changed (texts" in out) == bool(words_changed) and ("skipped" in out) == (words_changed is False), out
 
 
 def test_changed_few_shot_examples_make_completions_again(small_toy, tmp_path, capsys, model_folder):
@@ -148,6 +164,18 @@ def test_other_errors_are_not_taken_for_want_of_memory():
         raise RuntimeError("shape mismatch")
 
 
+def test_a_rank_whose_peer_has_died_says_so_and_other_errors_stay(monkeypatch, capsys):
+    for text, said in (("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer", "another rank has ended"), ("shape", None)):
+        def fails(args):
+            raise RuntimeError(text)
+        monkeypatch.setattr(finetune_cot, "run", fails)
+        if said:
+            assert said in method(capsys, "--stage", "curate")[0]
+        else:
+            with pytest.raises(RuntimeError, match=text):
+                method(capsys, "--stage", "curate")
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_no_number_stops_at_its_step_and_the_last_checkpoint_stays(what, tmp_path, monkeypatch):
     micro_loss, calls = train_loop.micro_loss, []
@@ -180,6 +208,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(content, tmp
     train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=4, keep=2)
     train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "whole", epochs=4)
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_pipeline_that_is_killed_twice_ends_as_if_left_alone(tmp_path, monkeypatch):
+    """The short form of tests/kill_anywhere.py."""
+    monkeypatch.setattr(kill_anywhere, "FLAGS", ["--method", "ft_cot", "--epochs", "1", "--max_new_tokens", "8", "--checkpoint_steps", "1", "--device", "cpu"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with open(tmp_path / "log", "w+") as log:
+        began, ended = time.monotonic(), []
+        assert kill_anywhere.end(kill_anywhere.start(whole, 1, log), 60) == 0
+        takes = time.monotonic() - began
+        for share in (0.5, 0.3):
+            pid = kill_anywhere.start(killed, 1, log)
+            time.sleep(share * takes)
+            os.kill(pid, signal.SIGKILL)
+            ended.append(kill_anywhere.end(pid, 60))
+        assert -signal.SIGKILL in ended and kill_anywhere.end(kill_anywhere.start(killed, 1, log), 60) == 0
+    assert kill_anywhere.contents(killed) == kill_anywhere.contents(whole)
 
 
 # ---------------------------------------------------------------- two at once
@@ -294,12 +339,26 @@ def test_names_of_devices_and_ways_out_are_no_keys(name, tmp_path, capsys):
         assert message and message.startswith("error: ") and "\n" not in message and not (tmp_path / "saved").exists(), message
 
 
-def test_the_api_key_is_in_no_file_and_no_output_of_the_whole_program(small_toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    message, out = method(capsys, "--saved", tmp_path, "--method", "ft", "ft_cot", "zs", *SMALL)
-    assert message is None and KEY not in out
-    for path in tmp_path.rglob("*"):
-        assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+def test_the_api_key_is_in_no_file_no_output_and_no_traceback_of_the_whole_program(ask, server, tmp_path, capsys, monkeypatch):
+    """Every stage with an API teacher, here and there; `ask` looks at what it prints and, in the end, into every file."""
+    monkeypatch.setattr(batch, "POLL", 0.01)
+    server.batch_output = lambda made, lines: server.finish_batch(made, [batch_line(line) for line in lines], "completed", None)
+    small = ("--method", "ft_cot", "--epochs", 1, "--max_new_tokens", 4, "--rules", "paper")
+    for flags in (("--batch", "submit"), ("--batch", "status"), ("--batch", "fetch"), ("--dry_run",), ("--stage", "all", "--student", "toy", *small),
+                  *(("--stage", stage, "--label_style", "chat", "--student", "gpt-small", *small) for stage in ("curate", "train", "evaluate"))):
+        message, out = ask("--teacher_method", "zs_cot", *flags)
+        assert message is None, (flags, message)
+    written = sorted(map(str, (tmp_path / "completion_data").glob("*/*.json")))
+    assert len(written) == 3 and (tmp_path / "model_metadata").exists() and (tmp_path / "models").exists()
+    for command in (["score", *written, "--part", "all", "--allow_partial"], ["table", "--saved", str(tmp_path), "--allow_partial"], ["show", written[0]]):
+        evaluate.main(command)
+        assert KEY not in f"{capsys.readouterr()}"
+    def crashes(*_):
+        raise ZeroDivisionError
+    monkeypatch.setattr(teacher, "read_reply", crashes)
+    with pytest.raises(ZeroDivisionError) as caught:
+        ask("--teacher", "gpt-other")
+    assert KEY not in "".join(traceback.format_exception(caught.value)) and KEY not in f"{capsys.readouterr()}"
 
 
 # ---------------------------------------------------------------- archives

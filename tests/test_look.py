@@ -68,7 +68,7 @@ def test_votes_of_a_file_are_those_counted_by_hand(small_toy, tmp_path, capsys):
         return place < 5 or (place < 8 and k < 2) or (k == 0 if place == 9 else True if k == 0 else False if place < 8 else None)
     path = answers_file(tmp_path, right, many=3, name="D_toy__T_ft_cot__E_001__K_03_t70")
     s = evaluate.score(path, data_dir=tmp_path)
-    v = look.votes(s, tmp_path)
+    v = look.score_with_votes(path, part="test", split="default", data_dir=tmp_path, rules="paper", allow_partial=False)["votes"]
     assert (s["n"], s["questions"], s["correct"]) == (30, 10, 23) and (v["k"], v["questions"], v["maj"]) == (3, 10, 90.0)
     pass_2 = (5 + 3 * 1 + 2 * (1 - math.comb(2, 2) / math.comb(3, 2))) / 10
     assert v["pass"] == {1: pytest.approx(76.67, abs=0.01), 2: round(100 * pass_2, 2), 3: 100.0}
