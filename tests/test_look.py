@@ -180,6 +180,10 @@ def test_the_paper_s_points_are_those_of_its_figures_and_tables():
     assert plot.published("curves", {"curie"}) == {}
 
 
+def test_sizes_are_written_as_people_do():
+    assert [plot.size_name(n) for n in (124e6, 6.7e9, 429_000)] == ["124M", "6.7B", "0.429M"]
+
+
 def test_without_matplotlib_one_sentence_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit, match="^error: figures need matplotlib, which nothing else here does"):
@@ -194,6 +198,8 @@ def test_every_figure_is_drawn(small_toy, tmp_path, capsys):
     for kind in plot.KINDS:
         evaluate.main(["plot", kind, "--saved", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / f"{kind}.png"), "--paper", "curie"])
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG") and "plot: " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the name of a figure ends in .png, .pdf, .svg$"):
+        evaluate.main(["plot", "degree", "--saved", str(tmp_path), "--out", str(tmp_path / "f.docx")])
     with pytest.raises(SystemExit, match="there is no student in"):
         evaluate.main(["plot", "degree", "--saved", str(tmp_path / "none"), "--out", str(tmp_path / "f.png")])
 
