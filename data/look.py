@@ -250,7 +250,8 @@ def table_lines(table, results):
     def order(item):
         (model, row), cells = item
         one = next(iter(cells.values()))
-        return one["part"] != "all", model, METHODS.index(one["method"]) if one["method"] in METHODS else -1, row
+        natural = [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", row)]  # 2aug before 16aug
+        return one["part"] != "all", model, METHODS.index(one["method"]) if one["method"] in METHODS else -1, natural
     for (model, row), cells in sorted(table.items(), key=order):
         def line(head, text):
             return [*head, *(text(cells[key]) if key in cells else "-" for key in columns)]

@@ -132,6 +132,18 @@ def test_a_run_s_epochs_are_named_by_how_they_were_chosen(small_toy, tmp_path):
     assert {row: s["accuracy"] for row, s in rows.items()} == {"ft_cot, last epoch": 60.0, "ft_cot, best test epoch (the paper's protocol)": 80.0}
 
 
+def test_rows_are_in_the_order_of_methods_and_numbers_and_teachers_come_first(small_toy, tmp_path):
+    for key in ("ft_cot_16aug", "ft_cot_2aug"):
+        answers_file(tmp_path, lambda place, k: True, f"D_toy__T_{key}__E_001", train_key=key)
+    answers_file(tmp_path, lambda place, k: True, "D_toy__S_default", completion_key="zs", train_key=None, epoch=None)
+    path = answers_file(tmp_path, lambda place, k: True, "D_toy", "z", completion_key="zs_cot", train_key=None, epoch=None, part=None)
+    content = files.read_json(path)  # a teacher has answered all questions
+    content["data"] = {str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}] for s in toy.toy_samples(33)}
+    files.write_json(path, content)
+    lines = look.table_lines(look.collect(look.saved_files(tmp_path), tmp_path)[0], {})
+    assert [line[1] for line in lines[2::2]] == ["zs_cot, all questions", "zs", "ft_cot_2aug, last epoch", "ft_cot_16aug, last epoch"]
+
+
 def test_seeds_have_a_row_with_mean_and_standard_deviation(small_toy, tmp_path):
     for seed, limit in ((0, 4), (1, 7), (2, 10)):
         key = "ft_cot" + (f"_s{seed}" if seed else "")
