@@ -60,8 +60,8 @@ def ours(scores, kind):
                           "epoch": s["epoch"]} for s in scores]
     for s, run in zip(scores, flags):
         others = [other for one, other in zip(scores, flags) if one["task"] == s["task"]]
-        named = [k for k in run if k in ("model", "method") or len({str(other[k]) for other in others if k in other}) > 1]
-        name = " ".join(str(run[k]) if k in ("model", "method") else f"{k} {run[k]}" for k in named if k != axis and k not in aside)
+        varied = [k for k in run if k not in {"model", "method", axis, *aside} and len({str(other[k]) for other in others if k in other}) > 1]
+        name = ", ".join([f"{run['model']} {run['method']}", *(f"{k} {run[k]}" for k in varied)])
         figure.setdefault(s["task"], {}).setdefault(name, {}).setdefault(run.get(axis), []).append(s)
     return figure
 
@@ -93,15 +93,15 @@ def band(scores):
 
 # ---------------- Drawing
 
-def draw_line(panel, name, points, style, places, shift):
+def draw_line(panel, name, points, style, places, shift, shade):
     """One series: marks, line and band; what knows no x is a level line.  places: {x: where}, of names; these are no scale, so
-    their marks are not joined, and stand `shift` aside."""
+    their marks are not joined, and stand `shift` aside.  shade: of a band."""
     line, mark = style
     ours = isinstance(next(iter(points.values())), list)
     if None in points:
         middle, low, high = band(points[None])
         panel.axhline(middle, linestyle=line, color="black", linewidth=0.8, label=name)
-        return panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        return panel.axhspan(low, high, color="black", alpha=shade, linewidth=0)
     xs = sorted(points, key=lambda x: places.get(x, x))
     middle, low, high = zip(*(band(points[x]) if ours else (points[x],) * 3 for x in xs))
     at = [places[x] + shift if places else x for x in xs]
@@ -111,7 +111,7 @@ def draw_line(panel, name, points, style, places, shift):
         sides = [[abs(m - end) for m, end in zip(middle, ends)] for ends in (low, high)]
         panel.errorbar(at, middle, yerr=sides, fmt="none", ecolor="black", elinewidth=0.7, capsize=2)
         if not places:
-            panel.fill_between(at, low, high, color="black", alpha=0.12, linewidth=0)
+            panel.fill_between(at, low, high, color="black", alpha=shade, linewidth=0)
 
 
 def size_name(parameters):
@@ -125,20 +125,21 @@ def draw_panel(panel, task, kind, series, styles, names):
     _, title, logarithmic = KINDS[kind]
     places = {x: i for i, x in enumerate(names)}
     for i, (name, points) in enumerate(series.items()):
-        draw_line(panel, name, points, styles[name], places, 0.1 * (i - (len(series) - 1) / 2))
+        draw_line(panel, name, points, styles[name], places, 0.1 * (i - (len(series) - 1) / 2), 0.36 / max(3, len(series)))
     if tasks.TASKS[task].random:
         panel.axhline(tasks.TASKS[task].random, linestyle=(0, (1, 3)), color="0.4", linewidth=1, label="random guess")
-    xs = sorted({x for points in series.values() for x in points if x is not None}) if not places else []
-    if logarithmic and xs:
+    xs = sorted({x for points in series.values() for x in points if x is not None})
+    if places or not xs:
+        panel.set_xticks(list(places.values()), names, rotation=20, ha="right", fontsize=8)
+        panel.set_xlim(-0.5, max(1, len(names)) - 0.5)
+    elif logarithmic:
         panel.set_xscale("log", base=2 if kind == "degree" else 10)
         panel.set_xticks(xs, [size_name(x) if kind == "student" else f"{x:g}" for x in xs])
         panel.minorticks_off()
-    elif xs:  # epochs
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    if places:
-        panel.set_xticks(list(places.values()), names, rotation=20, ha="right", fontsize=8)
-        panel.set_xlim(-0.5, len(names) - 0.5)
-    top = min(103, panel.get_ylim()[1])
+    else:  # epochs
+        panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        panel.set_xlim(xs[0] - 0.3, xs[-1] + 0.3)
+    top = min(103, 1.04 * panel.get_ylim()[1])
     panel.set_ylim(-top / 50, top)
     panel.set_title(tasks.TASKS[task].name, fontsize=10)
     panel.set_xlabel(title)
@@ -182,7 +183,7 @@ def plot(args):
         draw_panel(panel, task, args.kind, series, styles, names)
     legend = {label: mark for panel in grid.flat for mark, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2 if width > 1 else 1, fontsize=8, handlelength=3.5,
-                  title="bands: 95% interval, or the standard deviation of several seeds" if mine else None, title_fontsize=8)
+                  title="bars, bands: 95% interval, or the standard deviation of several seeds" if mine else None, title_fontsize=8)
     image = io.BytesIO()
     figure.savefig(image, format=form, dpi=150)
     pyplot.close(figure)

@@ -180,7 +180,8 @@ def test_a_figure_s_points_are_the_runs_by_what_a_study_varied(small_toy, tmp_pa
     assert plot.band(figure["m ft_cot"][1]) == pytest.approx((50, 50 - statistics.stdev([40, 60]), 50 + statistics.stdev([40, 60])))
     assert plot.band(figure["m ft_cot"][8])[1:] == pytest.approx(evaluate.wilson(9, 10), abs=0.01)
     by_size = plot.ours([s for many in runs.values() for s in many], "student")["toy"]
-    assert {name.split()[1] for name in by_size} == {"ft", "ft_cot"} and all(set(points) == {1000} for points in by_size.values())
+    assert {name: set(points) for name, points in by_size.items()} == {"m ft": {1000}, "m ft_cot, degree 1, temperature 0.0": {1000},
+                                                                       "m ft_cot, degree 8, temperature 0.7": {1000}}
 
 
 def test_the_paper_s_points_are_those_of_its_figures_and_tables():
