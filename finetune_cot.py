@@ -32,7 +32,7 @@ DEFAULTS = {  # flags whose default depends on the task
     "toy": {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7, "epochs": 5, "batch_size": 16, "lr": 1e-3}}
 
 
-# ---------------- 1. Sample: the teacher explains its answers (paper §3.1, "reasoning generation")
+# ---------------- 1. Sample: the teacher explains its answers (paper §3, step 1: reasoning generation)
 
 def teacher_complete(args):
     """-> complete(prompts, n, temperature, max_new_tokens, stop) of the toy or the local model that --teacher names."""
@@ -87,7 +87,7 @@ def sample(args):
     return path
 
 
-# ---------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3.2)
+# ---------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3, step 2: curation)
 
 def family_of(args):
     """What the student reads: decoder, encoder_decoder, openai or chat files.  From its config, or, of a hub name, by the name."""
@@ -125,7 +125,8 @@ def correct_rationales(args, path, train):
     if not kept:
         wanted = "correct rationale" if args.filter == "right" else "rationale"
         raise UserError(f"no {wanted} is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples in "
-                        f"{path}, {right} are right by the {rules} rules and {len(judged)} explain anything; try --rules flexible, another --teacher or a larger --degree")
+                        f"{path}, {right} are right by the {rules} rules and {len(judged)} explain anything; try "
+                        f"{'' if rules == 'flexible' else '--rules flexible, '}another --teacher or a larger --degree")
     return filters.leave_out(args, kept), rows
 
 
@@ -184,7 +185,7 @@ def curate(args, method, write=True):
     return path
 
 
-# ---------------- 3. Train (paper §3.3).  The loop itself is train_loop.py
+# ---------------- 3. Train (paper §3, step 3: fine-tuning).  The loop itself is train_loop.py
 
 def student_source(args):
     """-> folder or name to load the untrained student from; the toy student is made here."""
@@ -309,7 +310,7 @@ def print_once(args, text):
 
 def parse_args(argv=None):
     """-> [the flags of one cell]: more than one where flags have several values, with the defaults that depend on the task filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage=studies.USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
     what.add_argument("--study", choices=studies.STUDIES, help="one of the paper's experiments: its flags stand in data/studies.py")
     what.add_argument("--task", nargs="+", default=["toy"], help=f"all (but toy), or of {', '.join(tasks.TASKS)} (default toy)")
@@ -329,7 +330,7 @@ def parse_args(argv=None):
     where.add_argument("--out", help="folder of the student (default under --saved; for one --method)")
     where.add_argument("--train_key", help="name of this training run in file names (default from method, degree, split and seed)")
     teacher.add_flags(parser)
-    curating = parser.add_argument_group("curation (paper §3.2; --filter and below beyond it)")
+    curating = parser.add_argument_group("curation (paper §3, step 2; --filter and below beyond it)")
     curating.add_argument("--rules", choices=["paper", "flexible"], help="what counts as right (default paper; of chat models, flexible)")
     curating.add_argument("--label_style", choices=[*tasks.LABEL_STYLES, *teacher.API_FAMILIES], default="token",
                           help="of labels (default token: '{question} ###' -> ' {rationale} --> {answer}'; gpt3, chat: for an API)")

@@ -360,7 +360,7 @@ def load_split(task, split="default", data_dir="data"):
         if not valid or len({*train, *test}) != len(train) + len(test):
             raise UserError(f'{path} is not a split of {row.key}: it needs {{"train": [indices], "test": [indices]}}, each index once '
                             f"and from 0 to {row.n - 1}")
-    if few_shot:  # paper §5: fine-tuning on 8, 32 and 128 samples
+    if few_shot:  # paper §4: fine-tuning on 8, 32 and 128 samples
         import numpy as np
         train = sorted(np.random.RandomState(0).permutation(train)[:int(few_shot[1])].tolist())
     return train, test

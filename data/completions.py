@@ -27,7 +27,7 @@ def few_shot_examples(task, data_dir="data"):
 
 def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
     """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
-    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3.1): the rationale, then the answer after it."""
+    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3, step 1): the rationale, then the answer after it."""
     prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
     stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
     first = complete(prompts, degree, temperature, max_new_tokens, stop)

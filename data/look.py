@@ -170,7 +170,7 @@ def score_run(path, data_dir, rules, allow_partial):
     if s["n"] >= 2 * s["questions"] and (v := votes(judged, rules)):
         s["votes"] = v
         label += f", {v['k']} samples a question" if is_student else ""
-    return s, label
+    return s, label if is_student else f"{label}, all questions"
 
 
 def chosen_epochs(epochs):
@@ -241,14 +241,15 @@ METHODS = ("zs", "zs_cot", "fs_cot", "ft", "ft_cot")  # in the paper's order
 
 def table_lines(table, results):
     """-> [[cell, ...], ...]: a head; the random baseline; for each row accuracies, their intervals and, where it has any, the paper's
-    values.  Columns: the tasks in the paper's order."""
+    values.  Teachers come first; columns are the tasks in the paper's order."""
     columns = [key for key in tasks.TASKS if any(key in row for row in table.values())]
     lines = [["model", "method", *(tasks.TASKS[key].name for key in columns)],
              ["", "random guess", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)]]
     def order(item):
         (model, row), cells = item
-        method = next(iter(cells.values()))["method"]
-        return model, METHODS.index(method) if method in METHODS else -1, row
+        one = next(iter(cells.values()))
+        natural = [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", row)]  # 2aug before 16aug
+        return one["part"] != "all", model, METHODS.index(one["method"]) if one["method"] in METHODS else -1, natural
     for (model, row), cells in sorted(table.items(), key=order):
         def line(head, text):
             return [*head, *(text(cells[key]) if key in cells else "-" for key in columns)]

@@ -6,6 +6,7 @@ One panel a task; ours in black with the 95% interval (of several seeds: mean an
 hollow marks, a random guess dotted.  Line styles and marks differ, so that it can be read without colour.  Needs matplotlib.
 """
 import csv
+import io
 import re
 import statistics
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import tasks
 from data import look
-from data.files import UserError
+from data.files import UserError, write_whole
 
 KINDS = {  # figure: (what of a run stands on the x axis, its title, whether its scale is logarithmic)
     "degree": ("degree", "D, rationales a question", True),
@@ -22,6 +23,7 @@ KINDS = {  # figure: (what of a run stands on the x axis, its title, whether its
     "teacher": ("teacher", "teacher", False),
     "curves": ("epoch", "epoch", False),
 }
+FORMATS = ("png", "pdf", "svg")
 COLUMNS = {"degree": "degree", "train_size": "train_size", "teacher": "teacher"}  # of paper_results.csv
 TABLES = {"degree": "figure_diverse", "train_size": "figure_train_size", "teacher": "figure_teachers"}
 SIZES = {  # parameters of the paper's students, in millions; of GPT-3's as the paper gives them
@@ -36,7 +38,7 @@ def add_flags(parser):
     parser.add_argument("kind", choices=KINDS, help="what stands on the x axis")
     parser.add_argument("--out", required=True, help="file to write: .png, .pdf or .svg")
     parser.add_argument("--task", nargs="+", help="default: all that there is something of")
-    parser.add_argument("--paper", nargs="*", default=[], metavar="MODEL", 
+    parser.add_argument("--paper", nargs="*", default=[], metavar="MODEL",
                         help="draw the paper's values of these students too (curie, gpt2_large, ...; default: of those that we have)")
 
 
@@ -58,8 +60,8 @@ def ours(scores, kind):
                           "epoch": s["epoch"]} for s in scores]
     for s, run in zip(scores, flags):
         others = [other for one, other in zip(scores, flags) if one["task"] == s["task"]]
-        named = [k for k in run if k in ("model", "method") or len({str(other[k]) for other in others if k in other}) > 1]
-        name = " ".join(str(run[k]) if k in ("model", "method") else f"{k} {run[k]}" for k in named if k != axis and k not in aside)
+        varied = [k for k in run if k not in {"model", "method", axis, *aside} and len({str(other[k]) for other in others if k in other}) > 1]
+        name = ", ".join([f"{run['model']} {run['method']}", *(f"{k} {run[k]}" for k in varied)])
         figure.setdefault(s["task"], {}).setdefault(name, {}).setdefault(run.get(axis), []).append(s)
     return figure
 
@@ -91,41 +93,53 @@ def band(scores):
 
 # ---------------- Drawing
 
-def draw_line(panel, name, points, style, places):
-    """One series: marks, line and band; what knows no x is a level line."""
+def draw_line(panel, name, points, style, places, shift, shade):
+    """One series: marks, line and band; what knows no x is a level line.  places: {x: where}, of names; these are no scale, so
+    their marks are not joined, and stand `shift` aside.  shade: of a band."""
     line, mark = style
     ours = isinstance(next(iter(points.values())), list)
     if None in points:
         middle, low, high = band(points[None])
         panel.axhline(middle, linestyle=line, color="black", linewidth=0.8, label=name)
-        return panel.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        return panel.axhspan(low, high, color="black", alpha=shade, linewidth=0)
     xs = sorted(points, key=lambda x: places.get(x, x))
     middle, low, high = zip(*(band(points[x]) if ours else (points[x],) * 3 for x in xs))
-    at = [places.get(x, x) for x in xs]
-    panel.plot(at, middle, linestyle=line, marker=mark, markersize=5, linewidth=1.2, label=name, color="black" if ours else "0.5",
-               markerfacecolor="black" if ours else "white")
+    at = [places[x] + shift if places else x for x in xs]
+    panel.plot(at, middle, linestyle="none" if places else line, marker=mark, markersize=5, linewidth=1.2, label=name,
+               color="black" if ours else "0.5", markerfacecolor="black" if ours else "white")
     if ours:
-        panel.fill_between(at, low, high, color="black", alpha=0.12, linewidth=0)
         sides = [[abs(m - end) for m, end in zip(middle, ends)] for ends in (low, high)]
         panel.errorbar(at, middle, yerr=sides, fmt="none", ecolor="black", elinewidth=0.7, capsize=2)
+        if not places:
+            panel.fill_between(at, low, high, color="black", alpha=shade, linewidth=0)
 
 
-def draw_panel(panel, task, kind, series, styles):
-    """One task.  series: {name: points}, styles: {name: (line, mark)} of the whole figure."""
+def size_name(parameters):
+    """124e6 -> '124M', 6.7e9 -> '6.7B', 1000 -> '0.001M'"""
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
+
+
+def draw_panel(panel, task, kind, series, styles, names):
+    """One task.  series: {name: points}, styles: {name: (line, mark)}, names: what stands on the x axis where it is no number;
+    both of the whole figure."""
     _, title, logarithmic = KINDS[kind]
-    xs = list(dict.fromkeys(x for points in series.values() for x in points if x is not None))
-    places = {x: i for i, x in enumerate(xs)} if kind == "teacher" else {}
-    for name, points in series.items():
-        draw_line(panel, name, points, styles[name], places)
+    places = {x: i for i, x in enumerate(names)}
+    for i, (name, points) in enumerate(series.items()):
+        draw_line(panel, name, points, styles[name], places, 0.1 * (i - (len(series) - 1) / 2), 0.36 / max(3, len(series)))
     if tasks.TASKS[task].random:
         panel.axhline(tasks.TASKS[task].random, linestyle=(0, (1, 3)), color="0.4", linewidth=1, label="random guess")
-    if logarithmic:
+    xs = sorted({x for points in series.values() for x in points if x is not None})
+    if places or not xs:
+        panel.set_xticks(list(places.values()), names, rotation=20, ha="right", fontsize=8)
+        panel.set_xlim(-0.5, max(1, len(names)) - 0.5)
+    elif logarithmic:
         panel.set_xscale("log", base=2 if kind == "degree" else 10)
-        panel.set_xticks(sorted(xs), [f"{x / 1e6:.3g}M" if kind == "student" else f"{x:g}" for x in sorted(xs)])
+        panel.set_xticks(xs, [size_name(x) if kind == "student" else f"{x:g}" for x in xs])
         panel.minorticks_off()
-    if places:
-        panel.set_xticks(list(places.values()), list(places), rotation=20, ha="right", fontsize=8)
-    top = min(103, panel.get_ylim()[1])
+    else:  # epochs
+        panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        panel.set_xlim(xs[0] - 0.3, xs[-1] + 0.3)
+    top = min(103, 1.04 * panel.get_ylim()[1])
     panel.set_ylim(-top / 50, top)
     panel.set_title(tasks.TASKS[task].name, fontsize=10)
     panel.set_xlabel(title)
@@ -135,6 +149,9 @@ def draw_panel(panel, task, kind, series, styles):
 
 def plot(args):
     """Draw one of KINDS.  Raises UserError where there is nothing to draw, or no matplotlib to draw with."""
+    form = Path(args.out).suffix.lower().removeprefix(".")
+    if form not in FORMATS:
+        raise UserError(f"--out {args.out}: the name of a figure ends in .{', .'.join(FORMATS)}")
     try:
         import matplotlib
     except ImportError:
@@ -154,6 +171,8 @@ def plot(args):
     if not panels:
         raise UserError(f"there is no student in {args.saved}/completion_data to draw (--paper MODEL draws the paper's values alone)")
     styles = {name: STYLES[i % len(STYLES)] for i, name in enumerate(dict.fromkeys(name for series in panels.values() for name in series))}
+    xs = {x for series in panels.values() for points in series.values() for x in points} - {None}
+    names = sorted(xs) if args.kind == "teacher" else []
     height = 1 if len(panels) < 4 else -(-len(panels) // 3) if len(panels) > 4 else 2
     width = -(-len(panels) // height)
     size = max(5, 4 * width), 3.4 * height + 0.2 * len(styles)
@@ -161,10 +180,12 @@ def plot(args):
     for panel in grid.flat[len(panels):]:
         panel.axis("off")
     for panel, (task, series) in zip(grid.flat, panels.items()):
-        draw_panel(panel, task, args.kind, series, styles)
+        draw_panel(panel, task, args.kind, series, styles, names)
     legend = {label: mark for panel in grid.flat for mark, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2 if width > 1 else 1, fontsize=8, handlelength=3.5,
-                  title="bands: 95% interval, or the standard deviation of several seeds" if mine else None, title_fontsize=8)
-    figure.savefig(args.out, dpi=150)
+                  title="bars, bands: 95% interval, or the standard deviation of several seeds" if mine else None, title_fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format=form, dpi=150)
     pyplot.close(figure)
+    write_whole(args.out, image.getvalue())
     print(f"plot: {', '.join(panels)} -> {args.out}")

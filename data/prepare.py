@@ -256,6 +256,7 @@ def count_samples(key, out):
         for i, sample in enumerate(content["data"]):
             if sample["sample_index"] != i or not isinstance(sample["question"], str) or not isinstance(sample["answer"], str):
                 raise ValueError(f"sample {i} needs sample_index {i} and texts as question and answer")
+            tasks.judge(key, None, "", sample["answer"], "flexible")  # raises UserError where its kind cannot read the gold answer
         return len(content["data"])
     except (ValueError, LookupError, TypeError) as e:
         raise files.UserError(f"{path} is not in the form {FORM} ({type(e).__name__}: {e}): mend it and run this again") from None

@@ -15,6 +15,7 @@ import tasks
 from data import look
 from data.files import Interrupted, UserError
 
+USAGE = "%(prog)s [--study NAME] [--task NAME ...] [--teacher NAME] [--student NAME] [more flags: --help tells them]"
 GRID = ("task", "teacher", "student", "split", "teacher_method", "filter", "max_rationale_words", "degree", "lr", "batch_size", "seed")
 FOUR = "multiarith svamp date_understanding last_letter_concatenation"  # the tasks of the paper's studies
 MANY = "single_eq addsub date_understanding tracking_shuffled_objects last_letter_concatenation coin_flip strategy_qa"
@@ -44,7 +45,7 @@ STUDIES = {  # name: grids of flags, run in order; what the command line says go
 
 def command_lines(argv):
     """-> [flags of one grid, ...]: the grids of --study NAME, each with the rest of the command line behind it."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = argparse.ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False)
     finder.add_argument("--study", choices=STUDIES)
     study = finder.parse_known_args(argv)[0].study
     return [[*flags.split(), *argv] for flags in STUDIES[study]] if study else [argv]

@@ -33,7 +33,7 @@ ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
 
 def add_flags(parser):
     """How a teacher is asked.  The API key is not among them: a flag could be read in `ps`."""
-    teaching = parser.add_argument_group("teaching (paper §3.1)")
+    teaching = parser.add_argument_group("teaching (paper §3, step 1)")
     teaching.add_argument("--teacher_method", nargs="+", choices=["zs", "zs_cot", "zs_cot_one_step", "fs_cot"], default="zs_cot",
                           help="how the teacher is prompted (default zs_cot, two steps; one step costs less; zs: no rationale)")
     teaching.add_argument("--degree", nargs="+", type=int, help="D, rationales a question: diverse reasoning (default 1; toy 2; paper 1 to 64)")
@@ -129,7 +129,7 @@ def parameters(plan, step):
 
 
 def conversation(plan, prompt, reasoning):
-    """-> the texts of step 2 (paper §3.1): it goes on after the reasoning that answered step 1.  Chat models take it in turns."""
+    """-> the texts of Zero-shot-CoT's second step (paper §3, step 1), which goes on after the reasoning; chat models take it in turns."""
     return [prompt, reasoning, tasks.COT_ANSWER.strip()] if plan.api == "chat" else [prompt + reasoning + tasks.COT_ANSWER]
 
 

@@ -132,6 +132,18 @@ def test_a_run_s_epochs_are_named_by_how_they_were_chosen(small_toy, tmp_path):
     assert {row: s["accuracy"] for row, s in rows.items()} == {"ft_cot, last epoch": 60.0, "ft_cot, best test epoch (the paper's protocol)": 80.0}
 
 
+def test_rows_are_in_the_order_of_methods_and_numbers_and_teachers_come_first(small_toy, tmp_path):
+    for key in ("ft_cot_16aug", "ft_cot_2aug"):
+        answers_file(tmp_path, lambda place, k: True, f"D_toy__T_{key}__E_001", train_key=key)
+    answers_file(tmp_path, lambda place, k: True, "D_toy__S_default", completion_key="zs", train_key=None, epoch=None)
+    path = answers_file(tmp_path, lambda place, k: True, "D_toy", "z", completion_key="zs_cot", train_key=None, epoch=None, part=None)
+    content = files.read_json(path)  # a teacher has answered all questions
+    content["data"] = {str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}] for s in toy.toy_samples(33)}
+    files.write_json(path, content)
+    lines = look.table_lines(look.collect(look.saved_files(tmp_path), tmp_path)[0], {})
+    assert [line[1] for line in lines[2::2]] == ["zs_cot, all questions", "zs", "ft_cot_2aug, last epoch", "ft_cot_16aug, last epoch"]
+
+
 def test_seeds_have_a_row_with_mean_and_standard_deviation(small_toy, tmp_path):
     for seed, limit in ((0, 4), (1, 7), (2, 10)):
         key = "ft_cot" + (f"_s{seed}" if seed else "")
@@ -168,7 +180,8 @@ def test_a_figure_s_points_are_the_runs_by_what_a_study_varied(small_toy, tmp_pa
     assert plot.band(figure["m ft_cot"][1]) == pytest.approx((50, 50 - statistics.stdev([40, 60]), 50 + statistics.stdev([40, 60])))
     assert plot.band(figure["m ft_cot"][8])[1:] == pytest.approx(evaluate.wilson(9, 10), abs=0.01)
     by_size = plot.ours([s for many in runs.values() for s in many], "student")["toy"]
-    assert {name.split()[1] for name in by_size} == {"ft", "ft_cot"} and all(set(points) == {1000} for points in by_size.values())
+    assert {name: set(points) for name, points in by_size.items()} == {"m ft": {1000}, "m ft_cot, degree 1, temperature 0.0": {1000},
+                                                                       "m ft_cot, degree 8, temperature 0.7": {1000}}
 
 
 def test_the_paper_s_points_are_those_of_its_figures_and_tables():
@@ -178,6 +191,10 @@ def test_the_paper_s_points_are_those_of_its_figures_and_tables():
     points = plot.published("student", {"gpt2", "gpt2_large"})["coin_flip"]["paper: gpt2 ft_cot"]
     assert points == {124e6: look.read_paper_results()["gpt2", "fine_tune_cot", "coin_flip"], 774e6: look.read_paper_results()["gpt2_large", "fine_tune_cot", "coin_flip"]}
     assert plot.published("curves", {"curie"}) == {}
+
+
+def test_sizes_are_written_as_people_do():
+    assert [plot.size_name(n) for n in (124e6, 6.7e9, 429_000)] == ["124M", "6.7B", "0.429M"]
 
 
 def test_without_matplotlib_one_sentence_says_so(monkeypatch, tmp_path):
@@ -194,6 +211,8 @@ def test_every_figure_is_drawn(small_toy, tmp_path, capsys):
     for kind in plot.KINDS:
         evaluate.main(["plot", kind, "--saved", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / f"{kind}.png"), "--paper", "curie"])
         assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG") and "plot: " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the name of a figure ends in .png, .pdf, .svg$"):
+        evaluate.main(["plot", "degree", "--saved", str(tmp_path), "--out", str(tmp_path / "f.docx")])
     with pytest.raises(SystemExit, match="there is no student in"):
         evaluate.main(["plot", "degree", "--saved", str(tmp_path / "none"), "--out", str(tmp_path / "f.png")])
 

@@ -481,6 +481,12 @@ def test_added_task_in_a_wrong_form_is_refused(riddles, tmp_path, capsys, conten
     assert expected in error_of(capsys) and not (tmp_path / "split").exists()
 
 
+def test_added_task_with_a_gold_answer_of_another_kind_is_refused(riddles, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(kind=tasks.KIND_NUMBER))
+    assert run(tmp_path, "riddles") == 1
+    assert error_of(capsys) == "error: the gold answer 'yes' of riddles is not a number" and not (tmp_path / "split").exists()
+
+
 def test_added_task_is_not_prepared_unless_named(riddles, mirror, tmp_path, capsys):
     assert run(tmp_path, "--mirror", str(mirror)) == 0
     assert "riddles" not in (shown := capsys.readouterr().out) and "toy" not in shown

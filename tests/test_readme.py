@@ -66,6 +66,13 @@ def test_the_readme_s_template_recipe_is_one_entry_that_works(monkeypatch):
     assert (prompt, label) == ("What?\nLet us see.", " Because.\nSo: 7")
 
 
+def test_the_readme_s_task_recipe_is_one_row_that_works(monkeypatch):
+    row = eval(re.search(r"^ +`(Task\(.*\)),`", README, re.M)[1], vars(tasks))
+    monkeypatch.setitem(tasks.TASKS, row.key, row)
+    assert (row.train, row.test) == tuple(map(len, tasks.default_split(row.key)))
+    assert tasks.judge(row.key, "ft_cot_token", "2 + 3 = 5 --> 5", "5.0").correct
+
+
 @pytest.mark.parametrize("page", ["README.md", "saved/README.md", "data/README.md"])
 def test_the_files_a_page_names_exist_or_are_made_by_a_run(page):
     for name in re.findall(r"\b(?:data/|tests/|saved/)?[a-z_]+\.(?:py|csv|txt|md)\b", (ROOT / page).read_text()):

@@ -179,6 +179,7 @@ def test_a_study_runs_at_toy_size_and_gives_its_table(name, tiny_toy, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_a_study_runs_as_a_command(name, tmp_path, model_folder):
-    done = run("finetune_cot.py", *at_toy_size(name, tmp_path, model_folder))
+    few = [] if name in ("train_size", "template") else ["--split", "few_shot_64"]  # the whole toy, but for the training of it
+    done = run("finetune_cot.py", *at_toy_size(name, tmp_path, model_folder), *few)
     assert done.returncode == 0, done.stderr[-2000:]
     check_study(name, done.stdout, tmp_path)
