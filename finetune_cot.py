@@ -27,8 +27,7 @@ from data.files import (UserError, base_model, finetune_key, finetune_path, stud
 PROMPTED = ("zs", "zs_cot", "fs_cot")     # methods that only prompt a model
 FINE_TUNED = ("ft", "ft_cot")             # methods that fine-tune a student: on answers, on rationales and answers
 DEFAULTS = {  # flags whose default depends on the task
-    "paper": {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0,
-              "epochs": 20, "batch_size": 8, "lr": 3e-4},
+    "paper": {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0, "epochs": 20, "batch_size": 8, "lr": 3e-4},
     "toy": {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7, "epochs": 5, "batch_size": 16, "lr": 1e-3}}
 
 
@@ -206,6 +205,7 @@ TRAINED_WITH = ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision
 def train(args, method, data_file):
     """Fine-tune the student on a fine-tuning file, evaluating every --eval_every epochs.  -> the student's folder."""
     import train_loop
+    from data import training_log
     data = files.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
     settings = {"student": files.model_fingerprint(source), "finetune_data": files.file_sha256(data_file)}
@@ -225,9 +225,11 @@ def train(args, method, data_file):
     print_once(args, f"train: {method} on {data_file} -> {out}")
     for epoch in train_loop.train(model, tokenizer, family, data, out, args, settings, args.ranks):
         if args.eval_every and epoch % args.eval_every == 0:
-            test(args, method, model, tokenizer, family, epoch, files.fingerprint(settings))
-    print_once(args, f"train: the student is in {out}; try it: "
-                     f"python evaluate.py generate --model {out} --prompts FILE.jsonl --out FILE.jsonl")
+            path = test(args, method, model, tokenizer, family, epoch, files.fingerprint(settings))["file"]
+            if args.keep_best and args.ranks.is_master:
+                scored = evaluate.score(path, "validation" if args.validation else "test", args.split, args.data)
+                training_log.keep_best(out, scored, model, tokenizer)
+    print_once(args, f"train: the student is in {out}; try it: python evaluate.py generate --model {out} --prompts FILE --out FILE")
     return out
 
 
@@ -314,14 +316,12 @@ def parse_args(argv=None):
     what = parser.add_argument_group("what to run")
     what.add_argument("--study", choices=studies.STUDIES, help="one of the paper's experiments: its flags stand in data/studies.py")
     what.add_argument("--task", nargs="+", default=["toy"], help=f"all (but toy), or of {', '.join(tasks.TASKS)} (default toy)")
-    what.add_argument("--teacher", nargs="+", help="toy; hf:NAME, a local model; or a model behind an API, or whose completions lie in "
-                      "--saved (default text-davinci-002, the paper's)")
+    what.add_argument("--teacher", nargs="+", help="toy; hf:NAME (local); a model behind an API or with a file in --saved (default text-davinci-002, the paper's)")
     what.add_argument("--student", nargs="+", help="Hugging Face folder or name (default gpt2), or toy, a tiny one made on the spot")
     what.add_argument("--method", nargs="+", choices=[*PROMPTED, *FINE_TUNED], default=list(FINE_TUNED), help="default: ft ft_cot")
     what.add_argument("--stage", choices=["all", "sample", "curate", "train", "evaluate"], default="all", help="one stage (default all)")
     what.add_argument("--split", nargs="+", default="default", help="default, template, few_shot_8, few_shot_32, few_shot_128 (default: default)")
-    what.add_argument("--seed", "--seeds", nargs="+", type=int, default=0, help="of sample order, dropout, the toy student, sampling from "
-                      "students (default 0)")
+    what.add_argument("--seed", "--seeds", nargs="+", type=int, default=0, help="of order, dropout, the toy student, students' samples (default 0)")
     what.add_argument("--data_seed", type=int, default=0, help="of local teachers, the validation share, --filter random (default 0)")
     where = parser.add_argument_group("where")
     where.add_argument("--saved", default="saved", help="folder for everything a run writes (default saved)")
@@ -338,8 +338,7 @@ def parse_args(argv=None):
     training = parser.add_argument_group("training (paper, appendix)")
     training.add_argument("--epochs", type=int, help="default 20, the paper's; toy 5")
     training.add_argument("--batch_size", nargs="+", type=int, help="samples an optimizer step sees, over all ranks (default 8, the paper's; toy 16)")
-    training.add_argument("--micro_batch_size", type=int,
-                          help="samples per forward pass and rank: bounds memory, not what a step sees (default: all)")
+    training.add_argument("--micro_batch_size", type=int, help="samples a forward pass and rank: bounds memory, not what a step sees (default: all)")
     training.add_argument("--micro_tokens", type=int, default=0, help="tokens per forward pass and rank, padding included (default 0: 1024 on CPUs, no bound on GPUs)")
     training.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                           help="lay samples end to end instead of padding them, where the student gives the same logits so (default on)")
@@ -355,11 +354,12 @@ def parse_args(argv=None):
     training.add_argument("--compile", action="store_true", help="torch.compile the student (default off)")
     training.add_argument("--shard", choices=["no", "gpu", "cpu"], default="no",
                           help="split weights and optimizer over ranks, FSDP2; cpu: keep them in main memory (default no: DDP)")
-    training.add_argument("--max_length", type=int, default=512,
-                          help="tokens of input and of label; longer samples are dropped (default 512, the paper's)")
+    training.add_argument("--max_length", type=int, default=512, help="tokens of input and of label; longer samples are dropped (default 512, the paper's)")
     training.add_argument("--checkpoint_every", type=int, default=1, help="epochs between checkpoints to resume from (default 1; 0 never)")
     training.add_argument("--checkpoint_steps", type=int, default=0, help="steps between checkpoints within an epoch (default 0: none)")
     training.add_argument("--keep", type=int, default=1, help="checkpoints kept, the newest (default 1)")
+    training.add_argument("--keep_best", action="store_true", help="with --eval_every: keep the student of the best epoch too, in best_epoch_* of "
+                          "its folder; best on the --validation share or, without one, on the test part (the paper's protocol)")
     training.add_argument("--log_every", type=int, default=0, help="steps between log lines (default 0: one line an epoch)")
     training.add_argument("--family", choices=["decoder", "encoder_decoder"], help="of a student by hub name (default: by its name)")
     training.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -405,6 +405,8 @@ def check(args):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
     if (args.out or args.train_key) and len(args.method) > 1 and not args.finetune_data:
         raise UserError("--out and --train_key are of one student: name one --method")
+    if args.keep_best and not args.eval_every:
+        raise UserError("--keep_best compares epochs: say how often with --eval_every 1")
     if args.shard != "no" and args.eval_every:
         raise UserError("--shard spreads the weights over the ranks while training, so it cannot be evaluated in between: leave out --eval_every")
     if args.degree > 1 and not args.temperature and not teacher.is_elsewhere(args):

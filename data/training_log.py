@@ -1,4 +1,4 @@
-"""log.jsonl of a training run, and the line about it that the user sees.
+"""log.jsonl of a training run, the line about it that the user sees, and the best of its epochs.
 
 A record with the command, arguments and versions first; one for every step; one with epoch_loss and seconds for every epoch."""
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import parse_json, read_text, write_whole, writing
+from data.files import parse_json, read_json, read_text, write_json, write_whole, writing
 
 
 def start_log(path, step, args, settings, ranks):
@@ -51,3 +51,21 @@ def status(rows, steps, seconds, device):
 
 def mean_loss(rows):
     return sum(row["loss"] * row["label_tokens"] for row in rows) / sum(row["label_tokens"] for row in rows)
+
+
+def keep_best(out, score, model, tokenizer):
+    """Save the student to out/best_epoch_<epoch>, a Hugging Face folder with best.json, if no epoch before had this accuracy; then the
+    one before goes.  score: of evaluate.py."""
+    kept = sorted(out.glob("best_epoch_*"))
+    if any(read_json(folder / "best.json").get("accuracy", -1) >= score["accuracy"] for folder in kept):
+        return
+    temporary, best = out / "best.tmp", out / f"best_epoch_{score['epoch']:03d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(temporary):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    write_json(temporary / "best.json", {k: score[k] for k in ("epoch", "part", "accuracy", "n")})
+    temporary.rename(best)
+    for old in kept:
+        shutil.rmtree(old)
+    print(f"train: epoch {score['epoch']} is the best so far on the {score['part']} part, {score['accuracy']:.2f}%: kept in {best}", flush=True)

@@ -59,6 +59,49 @@ def test_each_row_stops_at_its_own_limit_whatever_its_neighbours_do(kind, model_
     assert [len(tokenizer(row[0]["completion"], add_special_tokens=False)["input_ids"]) for row in rows][3] <= 3  # one byte, or its replacement sign
 
 
+@pytest.mark.parametrize("kind", [*KINDS[:3], "bart"])
+def test_waiting_prompts_take_the_places_of_ended_ones_and_no_text_changes(kind, model_folder, monkeypatch):
+    import transformers
+    from data import decoding
+    if kind == "bart":  # its decoder counts positions from the first column, so its rows must wait until all have ended
+        torch.manual_seed(0)
+        sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        config = transformers.BartConfig(vocab_size=259, encoder_ffn_dim=64, decoder_ffn_dim=64, init_std=0.3, pad_token_id=1, bos_token_id=2, eos_token_id=0,
+                                         decoder_start_token_id=2, forced_eos_token_id=None, **sizes)
+        model, tokenizer, family = transformers.BartForConditionalGeneration(config).eval(), tiny_tokenizer(), "encoder_decoder"
+    else:
+        model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
+    prompts, limits = PROMPTS * 3, [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
+    alone = [evaluate.generate(model, tokenizer, family, [prompt], limit)[0] for prompt, limit in zip(prompts, limits)]
+    entered, dropped, enter, drop = [], [], decoding.enter, decoding.Room.drop
+    monkeypatch.setattr(decoding, "enter", lambda state, more, rows: entered.append(state is not None) or enter(state, more, rows))
+    monkeypatch.setattr(decoding.Room, "drop", lambda room, columns: dropped.append(columns) or drop(room, columns))
+    assert evaluate.generate(model, tokenizer, family, prompts, limits, batch_size=4) == alone
+    assert any(entered) == bool(dropped) == (kind != "bart")  # columns that were padding in all rows have gone
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_weights_are_the_same_bits_after_decoding_even_where_it_fails(kind, model_folder, monkeypatch):
+    model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
+    before, parameters = {k: v.clone() for k, v in model.state_dict().items()}, list(map(id, model.parameters()))
+    evaluate.generate(model, tokenizer, family, PROMPTS, 3)
+    monkeypatch.setattr(evaluate, "next_logits", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.generate(model, tokenizer, family, PROMPTS, 3)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and list(map(id, model.parameters())) == parameters
+    with torch.no_grad():
+        assert next(iter(model.parameters())).requires_grad and not torch.is_inference(model.get_output_embeddings().weight)
+
+
+def test_gelu_in_one_operation_is_the_function_of_the_config(model_folder):
+    import transformers
+    folder = str(model_folder("gpt2"))
+    model, theirs, ids = evaluate.load_model(folder)[0].eval(), transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), torch.arange(3, 60)[None]
+    assert type(model.transformer.h[0].mlp.act) is not type(theirs.transformer.h[0].mlp.act) and model.config.activation_function == "gelu_new"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_eos_ends_a_completion_with_reason_stop():
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     first = model(torch.tensor([[40, 41]])).logits[0, -1].argmax().item()

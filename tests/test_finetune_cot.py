@@ -358,3 +358,30 @@ def test_the_paper_s_setting_is_the_default_for_every_benchmark():
     assert (args.lr, args.batch_size, args.epochs, args.weight_decay, args.precision, args.max_length, args.degree, args.temperature) == \
         (3e-4, 8, 20, 0.01, "fp32", 512, 1, 0.0)
     assert finetune_cot.parse_args(["--stage", "train", "--finetune_data", "f", "--out", "o"])[0].lr == 3e-4  # a file of one's own, too
+
+
+@pytest.mark.parametrize("validation", [0, 0.2])
+def test_the_best_epoch_is_kept_beside_the_last(validation, small_toy, tmp_path, capsys, monkeypatch):
+    shares, score = iter([50.0, 75.0, 75.0, 60.0]), evaluate.score
+    def scored(path, part="test", *where, **more):
+        if part == ("validation" if validation else "test") and sys._getframe(1).f_code.co_name == "train":
+            return score(path, part, *where, **more) | {"accuracy": next(shares)}
+        return score(path, part, *where, **more)
+    monkeypatch.setattr(evaluate, "score", scored)
+    flags = ("--saved", tmp_path, "--method", "ft", "--max_new_tokens", 4, "--epochs", 4, "--eval_every", 1, "--keep_best", "--validation", validation)
+    assert method(capsys, *flags)[0] is None
+    [best] = (tmp_path / "models").glob("B_toy_student/D_*/best*")
+    assert best.name == "best_epoch_002"  # the first of the two that are best
+    assert json.loads((best / "best.json").read_text()) == {"epoch": 2, "part": "validation" if validation else "test", "accuracy": 75.0,
+                                                            "n": 8 if validation else 18}
+    model, _, _ = evaluate.load_model(str(best))
+    last, _, _ = evaluate.load_model(str(best.parent))
+    assert any((a != b).any() for a, b in zip(model.parameters(), last.parameters()))
+    path = tmp_path / f"completion_data/B_toy_student__C_ft/{best.parent.name}__E_002.json"
+    rows = [row for many in json.loads(path.read_text())["data"].values() for row in many]
+    done = evaluate.generate(*evaluate.load_model(str(best)), [row["prompt"] for row in rows], 4)
+    assert [row["completion"] for row in rows] == [one["completion"] for [one] in done]  # it is the student of that epoch
+
+
+def test_keeping_the_best_epoch_needs_evaluations(tmp_path, capsys):
+    assert "--keep_best compares epochs" in method(capsys, "--saved", tmp_path, "--keep_best")[0]
