@@ -421,13 +421,15 @@ def test_sigterm_in_the_last_step_of_an_epoch_stops_after_it_and_in_the_last_of_
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
-def test_the_loss_and_its_gradient_equal_torch_s_cross_entropy():
-    logits, targets = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)) * 30, torch.arange(7) * 7
-    mine, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss, truth = train_loop.LabelLoss.apply(mine * 1, targets), torch.nn.functional.cross_entropy(theirs, targets, reduction="sum")
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])  # a gradient in bf16 has 8 bits
+def test_the_loss_and_its_gradient_equal_torch_s_cross_entropy(dtype, rtol):
+    logits = (torch.randn(150, 50, generator=torch.Generator().manual_seed(0)) * 30).to(dtype)
+    mine, theirs, targets = logits.clone().requires_grad_(), logits.clone().requires_grad_(), torch.arange(150) * 7 % 50
+    loss, truth = train_loop.LabelLoss.apply(mine * 1, targets), torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="sum")
     (loss / 3).backward()
     (truth / 3).backward()
-    assert torch.allclose(loss, truth, rtol=1e-6) and torch.allclose(mine.grad, theirs.grad, atol=1e-7)
+    assert loss.dtype == torch.float32 and torch.allclose(loss, truth, rtol=1e-6)
+    assert torch.allclose(mine.grad, theirs.grad, rtol=rtol, atol=1e-7)
 
 
 STOPS = (signal.SIGKILL, 7), (signal.SIGTERM, 17), (signal.SIGKILL, 27)  # and the steps before it
