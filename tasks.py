@@ -243,6 +243,7 @@ def judge_of(task, template, rules="paper"):
     predict = paper_prediction if rules == "paper" else flexible_prediction
     read_gold = functools.cache(reading.gold)
     def verdict(completion, answer):
+        """As `judge` says."""
         text = completion or ""  # an API may send null
         prediction, candidates = predict(reading, prefix, text)
         try:

@@ -150,7 +150,7 @@ def packed_products(model):
         yield
     finally:
         for layer, packed in zip(layers, packs):
-            del layer.forward
+            vars(layer).pop("forward", None)  # Ctrl-C may have come before it was set
             if not layer.weight.numel():
                 layer.weight.data = packed.to_dense()
                 layer.weight.data = rows_are_outputs(layer)
