@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data.files import Interrupted, UserError, damaged, progress, within_memory, write_json, writing
+from data.kernels import PACKED, training_kernels
 from data.training_log import log, mean_loss, start_log, status
 from tasks import encode_prompt
 
@@ -165,11 +166,6 @@ def label_logits(model, inputs, keep, device):
 
 # ---------------- Packing: the samples of a micro-batch end to end in one row, so no token is padding
 
-# What attend_per_sample needs to know of the row that collate_packed made last: its tokens -> the tokens of each sample (the
-# prompts and the labels of an encoder-decoder are two rows); and id of a position bias -> (the bias, its blocks)
-PACKED = {}
-
-
 def collate_packed(samples, family, pad_id, start_id):
     """As collate, but (1, T): position_ids restart at each sample, and attend_per_sample keeps the samples apart."""
     PACKED.clear()
@@ -187,39 +183,18 @@ def collate_packed(samples, family, pad_id, start_id):
     return inputs, torch.cat([keep for _, keep, _ in parts], 1), torch.cat([targets for _, _, targets in parts])
 
 
-@torch.compiler.disable  # the lengths differ with every step
-def attend_per_sample(module, query, key, value, attention_mask, position_bias=None, **more):
-    """Attention in a packed row, (1, heads, T, width a head): each sample among its own tokens, by transformers' sdpa.
-
-    One call a sample costs the sum of their squared lengths; a mask over the row would cost the square of the sum."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    queries, keys = PACKED[query.shape[2]], PACKED[key.shape[2]]
-    biases = [None] * len(queries)
-    if position_bias is not None:  # T5's is relative: a sample's block on the diagonal is what it has alone
-        if id(position_bias) not in PACKED:  # all layers share it, so it is cut once
-            blocks = [row.split(keys, 3)[i] for i, row in enumerate(position_bias.split(queries, 2))]
-            PACKED[id(position_bias)] = position_bias, blocks  # it is kept, so that its id stays its own
-        biases = PACKED[id(position_bias)][1]
-    parts = [sdpa_attention_forward(module, q, k, v, None, position_bias=bias, **more)[0]
-             for q, k, v, bias in zip(query.split(queries, 2), key.split(keys, 2), value.split(keys, 2), biases)]
-    return torch.cat(parts, 1), None
-
-
 def can_pack(model, samples, ids):
     """Whether packed samples get the logits they get alone: tried on the longest sample before another one, so that
     absolute positions, sliding windows, states that run on, or masks of a model's own show up."""
-    from transformers import AttentionInterface
     if model.config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register("per_sample", attend_per_sample)
     by_length = sorted(samples, key=length)
     pair = [by_length[-1], by_length[len(by_length) // 2]]
     model.eval()
     with torch.no_grad():
         alone = torch.cat([label_logits(model, *collate([s], **ids)[:2], model.device) for s in pair])
-        model.set_attn_implementation("per_sample")
-        packed = label_logits(model, *collate_packed(pair, **ids)[:2], model.device)
-        model.set_attn_implementation("sdpa")
+        with training_kernels(model, packing=True):
+            packed = label_logits(model, *collate_packed(pair, **ids)[:2], model.device)
     return packed.shape == alone.shape and bool((packed - alone).abs().max() <= 1e-3 * alone.abs().max())
 
 
@@ -234,6 +209,7 @@ class Setup(NamedTuple):
     autocast: dict             # arguments of torch.autocast
     packing: bool
     collate: Callable          # samples -> (inputs, keep, targets), packed or padded
+    kernels: Callable          # -> what is open while the student is trained, not while it is evaluated
 
 
 def set_up(model, samples, ids, args, ranks):
@@ -258,7 +234,8 @@ def set_up(model, samples, ids, args, ranks):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=args.precision == "fp16")
     autocast = {"device_type": ranks.device.type, "dtype": half, "enabled": args.precision in ("bf16", "fp16")}
-    return Setup(model, parallel, optimizer, scaler, autocast, packing, functools.partial(collate_packed if packing else collate, **ids))
+    kernels = functools.partial(training_kernels, model, packing, products=args.precision == "fp32", plain=args.shard == "no" and not args.compile)
+    return Setup(model, parallel, optimizer, scaler, autocast, packing, functools.partial(collate_packed if packing else collate, **ids), kernels)
 
 
 def shard(model, args, ranks, half):
@@ -278,28 +255,31 @@ def shard(model, args, ranks, half):
 
 
 class LabelLoss(torch.autograd.Function):
-    """Cross-entropy of logits (N, V), summed over N in fp32, whose gradient takes the place of the logits: one tensor of this size, by
-    far the largest of a step, instead of three.  It is gone over a few rows at a time, which stay in a CPU's cache meanwhile: it would
-    be read from memory a dozen times otherwise.  As F.cross_entropy(logits.float(), targets, reduction="sum")."""
+    """Cross-entropy of logits (N, V), summed over N in fp32: F.cross_entropy(logits.float(), targets, reduction="sum"), but the logits,
+    by far the largest tensor of a step, are overwritten, by e^logit and then by their gradient, instead of copied four times.  It
+    goes over a few rows at a time, which stay in a CPU's cache meanwhile: they would be read from memory a dozen times otherwise."""
 
     @staticmethod
     def forward(ctx, logits, targets):
-        """-> the loss, a number."""
-        ctx.rows = 64 if logits.device.type == "cpu" else 2048
-        tops = logits.amax(1, keepdim=True).float()  # (N, 1); apart from the sums, since exp is exact to its argument's last digit only
-        sums = torch.cat([(part.float() - top).exp_().sum(1, keepdim=True) for part, top in zip(logits.split(ctx.rows), tops.split(ctx.rows))])
-        ctx.save_for_backward(logits, targets[:, None], tops, sums)
-        return sums.log().sum() - (logits.gather(1, targets[:, None]).float() - tops).sum()
+        """-> the loss, a number; the logits are gone."""
+        targets, tops, sums = targets[:, None], logits.amax(1, keepdim=True).float(), []  # (N, 1)
+        wanted = logits.gather(1, targets).float() - tops
+        ctx.rows = 32 if logits.device.type == "cpu" else 2048
+        for part, top in zip(logits.split(ctx.rows), tops.split(ctx.rows)):
+            powers = part.float().sub_(top).exp_()  # from the highest logit on: exp is exact to its argument's last digit only
+            sums.append(powers.sum(1, keepdim=True))
+            part.copy_(powers)  # no copy in fp32, where they are the same
+        sums = torch.cat(sums)
+        ctx.save_for_backward(logits, targets, sums, wanted)
+        return (sums.log() - wanted).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        """Overwrites the logits with softmax - one-hot, times grad."""
-        logits = ctx.saved_tensors[0]
-        for part, target, top, total in zip(*(tensor.split(ctx.rows) for tensor in ctx.saved_tensors)):
-            chances = (part.float() - top).exp_().div_(total)
-            chances.scatter_add_(1, target, chances.new_full(target.shape, -1.0))
-            part.copy_(chances.mul_(grad))
-        return logits, None
+        """-> softmax - one-hot, times grad, in the place of the logits; exact for a target, whose chance may be close to 1."""
+        logits, targets, sums, wanted = ctx.saved_tensors
+        for part, factor in zip(logits.split(ctx.rows), (grad / sums).split(ctx.rows)):
+            part.copy_(part.float().mul_(factor))
+        return logits.scatter_(1, targets, ((wanted - sums.log()).expm1() * grad).to(logits.dtype)), None
 
 
 def micro_loss(setup, samples, device):
@@ -458,30 +438,27 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     terminated = []
     for epoch in range(step // epoch_steps + 1, args.epochs + 1):
         model.train()
-        if setup.packing:
-            model.set_attn_implementation("per_sample")
         on_sigterm = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
         start = said = time.perf_counter()
         first = said_rows = len(rows)
         batches = global_batches(len(samples), args.batch_size, args.seed, epoch)[step % epoch_steps:]
-        for indices in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
-            step, batch = step + 1, [samples[i] for i in indices]
-            rate = learning_rate(step, steps, args)
-            with within_memory(f" at step {step}: lower --micro_tokens or --micro_batch_size (same result), or use --gradient_checkpointing"):
-                loss, norm, size, stop = optimizer_step(setup, batch, step, rate, args, ranks, bool(terminated))
-            rows.append({"step": step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm,
-                         "label_tokens": sum(len(s.label) for s in batch), "tokens": sum(map(length, batch)), "size": size})
-            log(out, ranks, **rows[-1])
-            if args.log_every and step % args.log_every == 0:
-                say(ranks, status(rows[said_rows:], steps, time.perf_counter() - said, ranks.device))
-                said, said_rows = time.perf_counter(), len(rows)
-            if stop:
-                break
-            if args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
-                save_checkpoint(out, setup, step, args, ranks)
+        with setup.kernels():
+            for indices in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
+                step, batch = step + 1, [samples[i] for i in indices]
+                rate = learning_rate(step, steps, args)
+                with within_memory(f" at step {step}: lower --micro_tokens or --micro_batch_size (same result), or use --gradient_checkpointing"):
+                    loss, norm, size, stop = optimizer_step(setup, batch, step, rate, args, ranks, bool(terminated))
+                rows.append({"step": step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": norm,
+                             "label_tokens": sum(len(s.label) for s in batch), "tokens": sum(map(length, batch)), "size": size})
+                log(out, ranks, **rows[-1])
+                if args.log_every and step % args.log_every == 0:
+                    say(ranks, status(rows[said_rows:], steps, time.perf_counter() - said, ranks.device))
+                    said, said_rows = time.perf_counter(), len(rows)
+                if stop:
+                    break
+                if args.checkpoint_steps and step % args.checkpoint_steps == 0 and step % epoch_steps:
+                    save_checkpoint(out, setup, step, args, ranks)
         signal.signal(signal.SIGTERM, on_sigterm)
-        if setup.packing:
-            model.set_attn_implementation("sdpa")
         seconds = time.perf_counter() - start
         if step % epoch_steps == 0:
             epoch_rows = [row for row in rows if row["epoch"] == epoch]

@@ -72,12 +72,10 @@ def step_loss_and_gradients(model, samples, **changes):
     ids = {"family": family_of(model), "pad_id": 1, "start_id": getattr(model.config, "decoder_start_token_id", None)}
     setup = train_loop.set_up(model, samples, ids, args, ONE_RANK)
     assert setup.packing == args.packing
-    if setup.packing:
-        model.set_attn_implementation("per_sample")
     model.train()
     optimizer = KeepGradients(model.parameters(), lr=0.0)
-    loss, *_ = train_loop.optimizer_step(setup._replace(optimizer=optimizer), samples, 1, 1e-3, args, ONE_RANK)
-    model.set_attn_implementation("sdpa")
+    with setup.kernels():
+        loss, *_ = train_loop.optimizer_step(setup._replace(optimizer=optimizer), samples, 1, 1e-3, args, ONE_RANK)
     return loss, dict(zip((name for name, _ in model.named_parameters()), optimizer.seen))
 
 
