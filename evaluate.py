@@ -35,6 +35,8 @@ def load_model(name, dtype="float32"):
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
+    # oneDNN keeps what it compiles for the last 1024 shapes of products, up to 1 MB each; few of them come again
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(name)

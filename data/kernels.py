@@ -24,24 +24,24 @@ def training_kernels(model, packing, products=False, plain=True):
     def replace(module, name, value):
         replaced.append((module, name, vars(module).get(name)))
         setattr(module, name, value)
-    if packing:
-        model.set_attn_implementation("per_sample")
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if packing and hasattr(module, "compute_bias"):
-            replace(module, "compute_bias", functools.partial(bias_per_sample, module, module.compute_bias))
-        if not plain or next(model.parameters()).device.type != "cpu":
-            continue
-        if type(module) is torch.nn.Dropout and 0 < module.p < 1:
-            replace(module, "forward", functools.partial(dropout_of, module))
-        elif type(module) is torch.nn.Embedding and module.weight is head.weight and module.padding_idx is None:
-            if not hooks:
-                rows = []
-                hooks.append(module.weight.register_post_accumulate_grad_hook(functools.partial(add_rows, rows)))
-            replace(module, "forward", functools.partial(Lookup.apply, rows, module.weight))
-        elif products and type(module) in (torch.nn.Linear, Conv1D):
-            replace(module, "forward", functools.partial(product_of, module))
     try:
+        if packing:
+            model.set_attn_implementation("per_sample")
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if packing and hasattr(module, "compute_bias"):
+                replace(module, "compute_bias", functools.partial(bias_per_sample, module, module.compute_bias))
+            if not plain or next(model.parameters()).device.type != "cpu":
+                continue
+            if type(module) is torch.nn.Dropout and 0 < module.p < 1:
+                replace(module, "forward", functools.partial(dropout_of, module))
+            elif type(module) is torch.nn.Embedding and module.weight is head.weight and module.weight.requires_grad and module.padding_idx is None:
+                if not hooks:
+                    rows = []
+                    hooks.append(module.weight.register_post_accumulate_grad_hook(functools.partial(add_rows, rows)))
+                replace(module, "forward", functools.partial(Lookup.apply, rows, module.weight))
+            elif products and torch.backends.mkldnn.is_available() and type(module) in (torch.nn.Linear, Conv1D):
+                replace(module, "forward", functools.partial(product_of, module))
         yield
     finally:
         for hook in hooks:
