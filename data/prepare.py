@@ -288,6 +288,14 @@ def main(argv=None):
     files.print_anything()
     if args.mirror and not args.mirror.is_dir():
         parser.error(f"there is no folder {args.mirror}: give --mirror the folder that holds <owner>/<repo>/<commit>/<path>")
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        sys.exit("\nerror: interrupted: run the same command again to go on")
+
+
+def run(args):
+    """Import an archive, or prepare the tasks that were named.  -> exit status"""
     if args.completions:
         from data import archive
         try:
@@ -304,8 +312,6 @@ def main(argv=None):
             failures.append(str(e))
         except OSError as e:
             failures.append(f"{e.filename or args.out} cannot be read or written ({e.strerror or e}): mend that and run this again")
-        except KeyboardInterrupt:
-            sys.exit("\nerror: interrupted: run the same command again to go on")
     for failure in dict.fromkeys(failures):
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -409,6 +409,15 @@ def test_ctrl_c_during_a_download_leaves_nothing_half_written(server, tmp_path):
     assert run(tmp_path) == 0 and (tmp_path / "dataset/single_eq.json").read_bytes() == SUMS_BUILT
 
 
+def test_ctrl_c_while_an_archive_is_imported_is_one_sentence(monkeypatch, tmp_path):
+    from data import archive
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(archive, "import_completions", stop)
+    with pytest.raises(SystemExit, match="interrupted: run the same command again"):
+        prepare.main(["--completions", str(tmp_path / "a.tar.gz")])
+
+
 def test_stop_while_writing_leaves_nothing_half_written(mirror, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
