@@ -139,8 +139,11 @@ def packed_products(model):
     layers = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, Conv1D) and layer.weight.device.type == "cpu"
               and layer.weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
               and not model._compiled_call_impl]  # a compiled model would be compiled again
-    packs = []
+    packs, packed_weights = [], {id(layer.weight) for layer in layers}
     try:
+        for parameter in model.parameters() if layers else ():  # after this, nothing needs the file that weights were mapped from
+            if id(parameter) not in packed_weights or users[id(parameter)] > 1:
+                parameter.data = parameter.data.clone()
         for layer in layers:
             weight = rows_are_outputs(layer)
             packs.append(torch.ops.mkldnn._reorder_linear_weight(weight, 64))
