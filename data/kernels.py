@@ -1,4 +1,4 @@
-"""What makes training fast and changes no result: attention among the tokens of a packed sample, and operations for a CPU.
+"""What makes training fast and changes no result but which numbers a dropout mask drops: attention among the tokens of a packed sample, and operations for a CPU.
 train_loop.py opens `training_kernels` around an epoch; outside it the student is Hugging Face's own.
 
 Shapes: T tokens of a row, H heads, W width of a head, N rows of a product.
@@ -18,8 +18,8 @@ PACKED = {}
 
 @contextlib.contextmanager
 def training_kernels(model, packing, products=False, plain=True):
-    """While it is open, the student attends per sample (packing), and on a CPU draws its dropout faster; products: multiplies in fp32 by
-    oneDNN; plain: is neither sharded nor compiled, so that the gradient of an embedding may be added row by row."""
+    """While it is open, the student attends per sample (packing).  On a CPU, if it is plain (neither sharded nor compiled), it also draws
+    its dropout faster, gets the gradient of a tied embedding row by row, and (products) multiplies in fp32 by oneDNN."""
     replaced, hooks = [], []
     def replace(module, name, value):
         replaced.append((module, name, vars(module).get(name)))

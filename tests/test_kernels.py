@@ -49,7 +49,7 @@ def test_attention_with_dropout_is_that_without_where_dropout_is_too_small_to_dr
     assert loss == pytest.approx(expected, rel=1e-6)
     scale = max(g.abs().max() for g in expected_gradients.values())
     for name, gradient in gradients.items():
-        assert (gradient - expected_gradients[name]).abs().max() < 4e-6 * scale, name
+        assert (gradient - expected_gradients[name]).abs().max() < 2e-6 * scale, name
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
@@ -88,8 +88,11 @@ def test_a_product_and_its_gradients_are_those_of_the_layer(layer):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
 def test_after_training_the_student_is_hugging_faces_own_again(kind):
     model = tiny_model(kind, dropout=0.1)
+    hooks_of = lambda: [p for p in model.parameters() if p._post_accumulate_grad_hooks]
     before = [dict(vars(module)) for module in model.modules()]
     with pytest.raises(ZeroDivisionError), kernels.training_kernels(model, packing=True, products=True):
         assert [dict(vars(module)) for module in model.modules()] != before and model.config._attn_implementation == "per_sample"
+        assert len(hooks_of()) == (kind != "llama")  # whose embedding is not the head's
         raise ZeroDivisionError
     assert [dict(vars(module)) for module in model.modules()] == before and model.config._attn_implementation == "sdpa"
+    assert not hooks_of()
