@@ -1,5 +1,5 @@
-"""What makes training fast and changes no result but which numbers a dropout mask drops: attention among the tokens of a packed sample, and operations for a CPU.
-train_loop.py opens `training_kernels` around an epoch; outside it the student is Hugging Face's own.
+"""What makes training fast and changes no result but which numbers a dropout mask drops: attention among the tokens of a packed sample,
+and operations for a CPU.  train_loop.py opens `training_kernels` around an epoch; outside it the student is Hugging Face's own.
 
 Shapes: T tokens of a row, H heads, W width of a head, N rows of a product.
 """
