@@ -86,6 +86,7 @@ def prefill(model, family, prompts, pad_id):
     Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
+    from data import decoding
     left, width = family == "decoder", max(map(len, prompts))
     def padded(rows, value):
         return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows], device=model.device)
@@ -101,66 +102,89 @@ def prefill(model, family, prompts, pad_id):
         state["decoder_attention_mask"] = torch.ones_like(start)
     if getattr(output, "past_key_values", None) is None:
         raise UserError(f"models of type {model.config.model_type} keep no key-value cache, so they cannot be decoded here")
-    return output.logits[:, -1], state | {"past_key_values": output.past_key_values}
+    state |= {"past_key_values": output.past_key_values, "positions": state["attention_mask"].sum(-1)}
+    return output.logits[:, -1], decoding.into_parts(state)
 
 
 def next_logits(model, family, tokens, state):
     """(B,) tokens -> (B, V) logits of the tokens after them; state is carried on."""
     import torch
     own = "attention_mask" if family == "decoder" else "decoder_attention_mask"
-    state[own] = torch.cat([state[own], torch.ones_like(tokens[:, None])], 1)
+    if own in state:  # a cache in parts has masks of its own
+        state[own] = torch.cat([state[own], torch.ones_like(tokens[:, None])], 1)
+    told = {name: value for name, value in state.items() if name != "positions"}
     if family == "decoder":
-        output = model(input_ids=tokens[:, None], position_ids=state[own].sum(-1, keepdim=True) - 1, **state, use_cache=True)
+        output = model(input_ids=tokens[:, None], position_ids=state["positions"][:, None], **told, use_cache=True)
     else:  # what the encoder has read is in the cache: only its shape is looked at
-        read = torch.zeros(1, device=model.device, dtype=model.dtype).expand(*state["attention_mask"].shape, model.config.hidden_size)
-        output = model(encoder_outputs=(read,), decoder_input_ids=tokens[:, None], **state, use_cache=True)
+        shape = len(tokens), state["attention_mask"].shape[1] if own in state else 1, model.config.hidden_size
+        read = torch.zeros(1, device=model.device, dtype=model.dtype).expand(shape)
+        output = model(encoder_outputs=(read,), decoder_input_ids=tokens[:, None], **told, use_cache=True)
+    state["positions"] = state["positions"] + 1
     state["past_key_values"] = output.past_key_values
     return output.logits[:, -1]
 
 
 def read_prompts_of(model, family, rows, pad_id):
-    """`prefill` of the prompts of rows (longest first) in parts of like length and about 1,024 tokens: little padding, small
-    buffers.  A prompt is read once for all its rows.  Yields (rows, logits (B, V), state) of each part."""
+    """`prefill` of the prompts of rows (longest first) in parts of at most 1,024 tokens (or one prompt): like lengths, little
+    padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (B, V), state) of each part."""
     import torch
     from data import decoding
     parts = []
     for row in rows:
-        read = {r["index"]: len(r["ids"]) for r in parts[-1]} if parts else {}
-        if not parts or row["index"] not in read and sum(read.values()) + len(row["ids"]) > 1024:
+        read = {r["index"] for r in parts[-1]} if parts else ()
+        if not parts or row["index"] not in read and (len(read) + 1) * len(parts[-1][0]["ids"]) > 1024:
             parts.append([])
         parts[-1].append(row)
     for part in parts:
         prompts = {row["index"]: row["ids"] for row in part}
         logits, state = prefill(model, family, list(prompts.values()), pad_id)
-        if len(parts) > 1 and not decoding.has_plain_cache(state):  # parts could not be put together
+        if not decoding.in_parts(state) and len(parts) > 1:  # they could not be put together
             part, prompts = rows, {row["index"]: row["ids"] for row in rows}
             logits, state = prefill(model, family, list(prompts.values()), pad_id)
         if len(prompts) < len(part):
             places = torch.tensor([list(prompts).index(row["index"]) for row in part], device=logits.device)
             logits = logits[places]
-            decoding.keep(state, places)
+            decoding.take(state, places)
         yield part, logits, state
         if part is rows:
             return
 
 
-def decode(model, tokenizer, family, waiting, batch_size, temperature=0.0, top_p=1.0, stop=None):
-    """Decode rows {"index", "ids", "limit", "random"}, batch_size of them side by side; yield each when it ends,
-    (row, text, reason): `stop` at end of sequence or a stop string (which is cut off), `length` at the row's limit.
+def room_of(row, new=()):
+    """-> the tokens that a row takes in the cache: its prompt, its new tokens, and room for 64 of these at least."""
+    return len(row["ids"]) + max(len(new), min(64, row["limit"]))
 
-    Rows that end leave; when a quarter has left, waiting ones enter.  Raises UserError where logits are no numbers."""
+
+def choose_entering(rows, tokens, waiting, batch_size, budget):
+    """-> how many of those waiting fit into the budget of tokens beside the rows there are; none while these fill 7/8 of it."""
+    room = budget - sum(map(room_of, rows, tokens))
+    number = 0
+    if not rows or room >= budget // 8:
+        while len(rows) + number < min(2 * batch_size, len(rows) + len(waiting)) and (room := room - room_of(waiting[number])) >= 0:
+            number += 1
+    return number
+
+
+def decode(model, tokenizer, family, waiting, batch_size, temperature=0.0, top_p=1.0, stop=None):
+    """Decode rows {"index", "ids", "limit", "random"}, the longest first; yield each when it ends, (row, text, reason): `stop` at end of
+    sequence or a stop string (which is cut off), `length` at the row's limit.
+
+    Rows that end leave, and waiting ones enter: the longest batch_size of them set how many tokens there may be side by side, so that of
+    shorter ones there are more, up to twice as many.  Raises UserError where logits are no numbers."""
     import torch
     from data import decoding
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows, tokens, state = [], [], None
+    rows, tokens, state, budget = [], [], None, sum(sorted(map(room_of, waiting))[-batch_size:])
     while rows or waiting:
-        if waiting and (not rows or len(rows) <= batch_size * 3 // 4 and decoding.can_start_late(model, family, state)):
-            entering, waiting = waiting[:batch_size - len(rows)], waiting[batch_size - len(rows):]
+        if waiting and (not rows or decoding.can_start_late(model, family, state)):
+            number = choose_entering(rows, tokens, waiting, batch_size, budget)
+            entering, waiting = waiting[:number], waiting[number:]
             for part, more, read in read_prompts_of(model, family, entering, pad_id):
-                state = decoding.enter(state if rows else None, read, batch_size) if decoding.has_plain_cache(read) else read
-                logits = torch.cat([logits, more]) if rows else more
+                if rows:
+                    decoding.enter(state, read)
+                state, logits = (state, torch.cat([logits, more])) if rows else (read, more)
                 rows, tokens = rows + part, tokens + [[] for _ in part]
         if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
             raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
@@ -178,12 +202,8 @@ def decode(model, tokenizer, family, waiting, batch_size, temperature=0.0, top_p
                 going.append(place)
         if ended:
             yield from ended
-            last = [place for place in going if place >= len(going)]  # these fill the gaps, so that few rows move
-            kept = [place if place in going else last.pop() for place in range(len(going))]
-            rows, tokens = [rows[place] for place in kept], [tokens[place] for place in kept]
-            picked = picked[kept]
-            if rows:
-                decoding.keep(state, torch.tensor(kept, device=picked.device))
+            kept = decoding.keep(state, going) if going else []
+            rows, tokens, picked = [rows[place] for place in kept], [tokens[place] for place in kept], picked[kept]
         if rows:
             logits = next_logits(model, family, picked, state)
 
@@ -230,7 +250,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     are kept as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions
     (UserError), cut them on the left, or skip them (empty completion, "length")."""
     import torch
-    from data import decoding
+    from data import decoding, kernels
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     fitting, remark = fit_positions(model, family, ids, limits, too_long)
@@ -249,7 +269,9 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh = model.training, {}
     model.eval()
-    with decoding.packed_products(model), torch.inference_mode(), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
+    if model.device.type == "cpu":
+        kernels.keep_freed_memory()
+    with decoding.attention_in_parts(model), decoding.packed_products(model), torch.inference_mode(), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
         decoding = decode(model, tokenizer, family, rows, batch_size, temperature, top_p, stop)
         for row, text, reason in files.progress(decoding, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
@@ -364,7 +386,7 @@ def parse_args(argv=None):
     g.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share (default 1: all)")
     g.add_argument("--samples", type=int, default=1, help="completions a prompt, each a row with its completion_index (default 1)")
     g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
-    g.add_argument("--batch_size", type=int, default=64, help="rows decoded at once (default 64); more is faster and takes more memory")
+    g.add_argument("--batch_size", type=int, default=64, help="rows decoded at once, of the longest; of shorter ones up to twice as many (default 64); more is faster and takes more memory")
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")

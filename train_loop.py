@@ -14,7 +14,6 @@ through finetune_cot.py, under plain python or torchrun (CPU: gloo, GPU: nccl):
 
 Shapes: B rows of a micro-batch, T tokens of a row, N label tokens in it, H width, V vocabulary.
 """
-import ctypes
 import functools
 import math
 import os
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from data.files import Interrupted, UserError, damaged, progress, within_memory, write_json, writing
-from data.kernels import PACKED, training_kernels
+from data.kernels import PACKED, keep_freed_memory, training_kernels
 from data.training_log import log, mean_loss, start_log, status
 from tasks import encode_prompt
 
@@ -217,9 +216,8 @@ def set_up(model, samples, ids, args, ranks):
     cpu, half = ranks.device.type == "cpu", torch.float16 if args.precision == "fp16" else torch.bfloat16
     args.micro_tokens = args.micro_tokens or (1024 if cpu else 0)  # on a CPU pieces take less memory and no more time
     model = model if args.shard != "no" else model.to(ranks.device)
-    if cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives large blocks back to the kernel, which zeroes them page by page at the next step: up to 40% of the time
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX 0, M_TRIM_THRESHOLD none
+    if cpu:
+        keep_freed_memory()
     packing = args.packing and can_pack(model, samples, ids)
     torch.set_float32_matmul_precision("highest" if args.precision != "tf32" else "medium" if cpu else "high")
     if args.gradient_checkpointing:

@@ -1,131 +1,228 @@
-"""What makes decoding fast and changes no token: a cache that rows enter and leave in place, and weights laid out for a CPU.
-evaluate.py's `decode` uses it; it imports torch, so it is imported there.
+"""What makes decoding fast and changes no token: a cache in parts that need no padding, attention of one query, and weights laid out for
+a CPU.  evaluate.py's `decode` uses it; it imports torch, so it is imported there.
 
-Shapes: B rows that are decoded side by side, H heads, T columns so far, D width of a head.  All rows of a decoder end in column T
-and are padded on the left; what an encoder has read begins in column 0 and is padded on the right.
+Shapes: B rows that are decoded side by side, b of them in a part, H heads, T columns so far, D width of a head.
 """
 import collections
 import contextlib
 import functools
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-# ---------------- The cache of the rows that are decoded side by side
+# ---------------- The cache: rows that were read together stay together
 
 
-class Room(DynamicLayer):
-    """One layer's keys and values (B, H, T, D), the corner of larger tensors, so that a token, or a row, is written where there is
-    room.  As Hugging Face's layers come, they copy all they hold at every token, which can take longer than the model."""
+class Part:
+    """Keys and values (b, H, T, D) of rows that were read together: they are of like length and grow alike, so that hardly a column is
+    padding, whatever the other rows' lengths.  Both are corners of larger tensors, so that a token is written where there is room:
+    Hugging Face's layers copy all they hold at every token, which can take longer than the model."""
 
-    def __init__(self, layer, rows, columns):
-        """Room for so many rows and columns (more is made when needed), of the kind that `layer` holds."""
+    def __init__(self, layer, mask, growing):
+        """What `layer` holds.  mask (b, 1, 1, T): what is added to scores, or None; growing: whether tokens will come."""
+        self.keys, self.values, self.mask = layer.keys, layer.values, mask
+        self.rows, self.columns = len(layer.keys), layer.keys.shape[2]
+        self.move(self.columns + 32 * growing)
+
+    def corners(self):
+        """-> keys and values (b, H, T, D)"""
+        return self.keys[:self.rows, :, :self.columns], self.values[:self.rows, :, :self.columns]
+
+    def move(self, columns, rows=slice(None)):
+        """Go where there is room for so many columns, all rows or these, each as often as it is named."""
+        keys, values = (corner[rows] for corner in self.corners())
+        b, heads, _, width = keys.shape
+        self.keys = keys.new_empty(b, heads, columns, width)
+        self.values = keys.new_empty(b, heads, width, columns).transpose(2, 3) if sums_itself(keys) else torch.empty_like(self.keys)
+        self.rows, self.mask = b, None if self.mask is None else self.mask[rows]
+        for new, old in zip(self.corners(), (keys, values)):
+            new.copy_(old)
+
+    def append(self, keys, values):
+        """Add a token (b, H, 1, D) to each row."""
+        if self.columns == self.keys.shape[2]:
+            self.move(self.columns + 64)
+        self.columns += 1
+        for corner, new in zip(self.corners(), (keys, values)):
+            corner[:, :, -1:] = new
+
+    def keep(self, rows):
+        """Go on with these rows alone, each at its place already or from behind them all."""
+        if len(rows) <= len(self.keys) // 2:
+            return self.move(self.keys.shape[2], rows)
+        for place, row in enumerate(rows):
+            if place != row:
+                self.keys[place], self.values[place] = self.keys[row], self.values[row]
+        self.rows, self.mask = len(rows), None if self.mask is None else self.mask[rows]
+
+    def attend(self, query, bias, scaling):
+        """Attention of one query a row, (b, H', 1, D) -> the same shape; H' is a multiple of H.  bias (1, H', 1, T): added to scores."""
+        (keys, values), (b, heads, _, width) = self.corners(), query.shape
+        query = query.reshape(b, keys.shape[1], -1, width)  # (b, H, H' / H, D)
+        bias = None if bias is None else bias.reshape(1, *query.shape[1:3], -1)
+        mask = self.mask
+        if sums_itself(keys):
+            scores = (keys @ (query * scaling).transpose(2, 3)).transpose(2, 3)  # in this order it is fastest
+            scores = scores if bias is None else scores + bias
+            if mask is not None:
+                scores[..., :mask.shape[3]] += mask
+            out = (values.transpose(2, 3) @ scores.softmax(-1).transpose(2, 3)).transpose(2, 3)
+        else:
+            mask = None if mask is None else torch.nn.functional.pad(mask, (0, self.columns - mask.shape[3]))
+            bias = mask if bias is None else bias if mask is None else mask + bias
+            out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, bias, scale=scaling)
+        return out.reshape(b, heads, 1, width)
+
+
+def sums_itself(x):
+    """Whether attention is two products and a softmax: for one query in fp32 on a CPU they take half the time of torch's attention, if
+    values lie in memory as (b, H, D, T)."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+class Parts(DynamicLayer):
+    """One layer of a cache, in parts.  What it gives a model as keys and values stands for them: no numbers, but the right shape and, for
+    `attend`, the parts."""
+
+    def __init__(self, layer, mask, growing):
+        """What `layer` holds is the only part.  growing: its rows will all end in the same column, or else they begin in the same."""
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        _, heads, _, width = layer.keys.shape
-        self.room = {name: layer.keys.new_empty(rows, heads, columns, width) for name in ("keys", "values")}
-        self.see(0, 0)
+        self.growing, self.parts = growing, [Part(layer, mask, growing)]
+        self.heads, self.width = layer.keys.shape[1], layer.keys.shape[3]
+        self.show()
 
-    def see(self, rows, columns):
-        """Hold this corner; what is in it, stays."""
-        for name, room in self.room.items():
-            setattr(self, name, room[:rows, :, :columns])
-
-    def reserve(self, rows, columns):
-        """Make room for so many rows and columns in all."""
-        for name, room in self.room.items():
-            if rows > len(room) or columns > room.shape[2]:
-                old, more = getattr(self, name), columns + max(64, columns // 4) if columns > room.shape[2] else room.shape[2]
-                self.room[name] = room.new_empty(max(rows, len(room)), room.shape[1], more, room.shape[3])
-                self.room[name][:len(old), :, :old.shape[2]] = old
+    def show(self):
+        """Make what stands for keys and values (B, H, T, D); T is that of the longest part."""
+        shape = sum(part.rows for part in self.parts), self.heads, max((part.columns for part in self.parts), default=0), self.width
+        self.keys = self.values = torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
+        self.keys.parts = self
 
     def update(self, keys, values, *_, **__):
-        """Append new tokens (B, H, 1, D).  -> all keys and values."""
-        rows, old = len(keys), self.keys.shape[2]
-        self.reserve(rows, old + keys.shape[2])
-        self.see(rows, old + keys.shape[2])
-        self.keys[:, :, old:], self.values[:, :, old:] = keys, values
+        """Append new tokens (B, H, 1, D).  -> what stands for all keys and values."""
+        rows = [part.rows for part in self.parts]
+        for part, *new in zip(self.parts, keys.split(rows), values.split(rows)):
+            part.append(*new)
+        self.show()
         return self.keys, self.values
 
-    def enter(self, layer, left):
-        """Put the rows that `layer` holds below those here, which are at least as long; padding is zeros."""
-        rows, new, more = len(self.keys), layer.keys.shape[2], len(layer.keys)
-        width = self.keys.shape[2] if rows else new
-        self.reserve(rows + more, width)
-        for name, room in self.room.items():
-            part, first = room[rows:rows + more, :, :width], width - new if left else 0
-            part[:, :, first:first + new] = getattr(layer, name)
-            part[:, :, :first], part[:, :, first + new:] = 0, 0
-        self.see(rows + more, width)
+    def keep(self, kept):
+        """Go on with these rows of each part."""
+        for part, rows in zip(self.parts, kept):
+            if len(rows) < part.rows:
+                part.keep(rows)
+        self.parts = [part for part in self.parts if part.rows]
+        self.show()
 
-    def drop(self, columns):
-        """Take the first so many columns, which are padding in all rows, away."""
-        rows, old = len(self.keys), self.keys.shape[2]
-        for name, room in self.room.items():
-            room[:rows, :, :old - columns] = room[:rows, :, columns:old].clone()
-        self.see(rows, old - columns)
+    def attend(self, query, bias, scaling):
+        """Attention of one query a row, (B, H', 1, D) -> the same shape.  bias (1, H', 1, T): added to scores."""
+        outs = []
+        for part, some in zip(self.parts, query.split([part.rows for part in self.parts])):
+            own = bias if bias is None else bias[..., -part.columns:] if self.growing else bias[..., :part.columns]
+            outs.append(part.attend(some, own, scaling))
+        return torch.cat(outs)
 
-    def reorder_cache(self, rows):
-        """Go on with these rows (B',) alone, in this order; in place, where no row comes from before its new place."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
-        for name in self.room:
-            old = getattr(self, name)
-            old[moved] = old[rows[moved]]
-        self.see(len(rows), self.keys.shape[2])
 
+def attend(module, query, key, value, attention_mask, scaling=None, position_bias=None, **more):
+    """Attention, (B, H, .., D) -> (B, .., H, D): of one query in the parts of a layer; else Hugging Face's, which leaves a mark on the
+    keys: where those in the cache have it, they come here as they are."""
+    if hasattr(key, "parts"):
+        return key.parts.attend(query, position_bias, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
+    key.attended = True
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **more)
+
+
+AttentionInterface.register("in_parts", attend)
+AttentionMaskInterface.register("in_parts", sdpa_mask)
+
+
+@contextlib.contextmanager
+def attention_in_parts(model):
+    """While it is open, the model attends by `attend`, unless its attention is not torch's or it is compiled."""
+    able = model.config._attn_implementation == "sdpa" and not model._compiled_call_impl
+    try:
+        if able:
+            model.set_attn_implementation("in_parts")
+        yield
+    finally:
+        if able:
+            model.set_attn_implementation("sdpa")
+
+
+# ---------------- The state of a batch: the cache ("past_key_values"), "positions" (B,) of the next tokens, masks of a cache not in parts
 
 def layers_of(state):
-    """-> [(layers, whether their rows are padded on the left)] of a Hugging Face cache: self-attention, then cross-attention."""
-    cache = state["past_key_values"]
+    """-> [(layers, mask, whether tokens will come)] of a Hugging Face cache: self-attention, then cross-attention."""
+    cache, own, other = state["past_key_values"], state.get("decoder_attention_mask"), state.get("attention_mask")
     if hasattr(cache, "cross_attention_cache"):
-        return [(cache.self_attention_cache.layers, True), (cache.cross_attention_cache.layers, False)]
-    return [(cache.layers, True)]
+        return [(cache.self_attention_cache.layers, own, True), (cache.cross_attention_cache.layers, other, False)]
+    return [(cache.layers, other, True)]
 
 
-def masks_of(state):
-    """-> [(name, whether its rows are padded on the left)], in the order of layers_of."""
-    return [("decoder_attention_mask", True), ("attention_mask", False)] if "decoder_attention_mask" in state else [("attention_mask", True)]
+def in_parts(state):
+    """Whether its cache is in parts."""
+    return isinstance(layers_of(state)[0][0][0], Parts)
 
 
-def has_plain_cache(state):
-    """Whether all layers keep keys and values of all tokens: no windows, no linear attention."""
-    return all(isinstance(layer, Room) or type(layer) is DynamicLayer and layer.is_initialized for layers, _ in layers_of(state) for layer in layers)
+def into_parts(state):
+    """Make one part of what has just been read, or leave it, if a layer does not keep keys and values of all tokens (windows, linear
+    attention) or its model does not give them to `attend` as they are.  -> state"""
+    if not all(type(layer) is DynamicLayer and hasattr(layer.keys, "attended") for layers, *_ in layers_of(state) for layer in layers):
+        return state
+    for layers, mask, growing in layers_of(state):
+        mask = None if mask.all() else torch.where(mask == 0, -torch.inf, 0.0).to(layers[0].keys.dtype)[:, None, None]
+        layers[:] = [Parts(layer, mask, growing) for layer in layers]
+    return {"past_key_values": state["past_key_values"], "positions": state["positions"]}
 
 
 def can_start_late(model, family, state):
     """Whether rows may enter beside others that have tokens already.  A decoder is told its positions, and T5's are relative; others'
     (BART's) are counted from the first column."""
-    return has_plain_cache(state) and (family == "decoder" or hasattr(model.config, "relative_attention_num_buckets"))
+    return in_parts(state) and (family == "decoder" or hasattr(model.config, "relative_attention_num_buckets"))
 
 
-def enter(state, more, rows):
-    """Put the rows of `more`, which have just been read, below those of `state` (None: they are the first of so many rows to come).
-    Columns that have become padding in all rows go.  -> state"""
-    entering, (own, _), first = [list(layers) for layers, _ in layers_of(more)], masks_of(more)[0], state is None
-    if first:
-        state = {name: value if name == "past_key_values" else value[:0] for name, value in more.items()}
-        for layers, left in layers_of(state):
-            layers[:] = [Room(layer, rows, layer.keys.shape[2] + 128 * left) for layer in layers]
-    elif (empty := int(state[own].any(0).long().argmax())) > state[own].shape[1] // 4:
-        state[own] = state[own][:, empty:]
-        for room in layers_of(state)[0][0]:
-            room.drop(empty)
-    for (rooms, left), layers in zip(layers_of(state), entering):
-        for room, layer in zip(rooms, layers):
-            room.enter(layer, left)
-    for name, left in masks_of(state):
-        width = more[name].shape[1] if first else state[name].shape[1]
-        padding = (width - more[name].shape[1], 0) if left else (0, width - more[name].shape[1])
-        state[name] = torch.cat([state[name][:, :width], torch.nn.functional.pad(more[name], padding)])
-    return state
+def enter(state, read):
+    """Put the rows of `read` behind those of `state`; both are in parts."""
+    for (layers, *_), (entering, *_) in zip(layers_of(state), layers_of(read)):
+        for layer, more in zip(layers, entering):
+            layer.parts += more.parts
+            layer.show()
+    state["positions"] = torch.cat([state["positions"], read["positions"]])
 
 
-def keep(state, rows):
-    """Go on with these rows (B',) only; a row may be taken several times from a state that has just been read."""
-    for name, _ in masks_of(state):
+def take(state, rows):
+    """Go on with these rows (B',) of what has just been read, each as often as it is named."""
+    for name in state.keys() - {"past_key_values"}:
         state[name] = state[name][rows]
-    state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
+    if not in_parts(state):
+        return state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
+    for layers, *_ in layers_of(state):
+        for layer in layers:
+            layer.parts[0].move(layer.parts[0].keys.shape[2], rows)
+            layer.show()
+
+
+def keep(state, going):
+    """Go on with these rows alone (their places, ascending).  -> their places in the order they now have"""
+    if not in_parts(state):
+        take(state, torch.tensor(going, device=state["positions"].device))
+        return going
+    first, order, kept = 0, [], []
+    for part in layers_of(state)[0][0][0].parts:
+        mine = [place - first for place in going if first <= place < first + part.rows]
+        last = [row for row in mine if row >= len(mine)]  # these fill the gaps, so that few rows move
+        kept.append([row if row in mine else last.pop() for row in range(len(mine))])
+        order += [first + row for row in kept[-1]]
+        first += part.rows
+    for layers, *_ in layers_of(state):
+        for layer in layers:
+            layer.keep(kept)
+    state["positions"] = state["positions"][order]
+    return order
 
 
 # ---------------- Products
@@ -156,12 +253,12 @@ def packed_products(model):
             vars(layer).pop("forward", None)  # Ctrl-C may have come before it was set
             if not layer.weight.numel():
                 layer.weight.data = packed.to_dense()
-                layer.weight.data = rows_are_outputs(layer)
+                layer.weight.data = rows_are_outputs(layer).contiguous()
 
 
 def rows_are_outputs(layer):
     """-> (out, in) weight of a layer; Conv1D, GPT-2's, holds it the other way round (and the same again turns it back)."""
-    return layer.weight.detach().t().contiguous() if type(layer) is Conv1D else layer.weight.detach()
+    return layer.weight.detach().t() if type(layer) is Conv1D else layer.weight.detach()
 
 
 def packed_product(packed, bias, width, x):

@@ -4,7 +4,9 @@ and operations for a CPU.  train_loop.py opens `training_kernels` around an epoc
 Shapes: T tokens of a row, H heads, W width of a head, N rows of a product.
 """
 import contextlib
+import ctypes
 import functools
+import sys
 
 import torch
 from transformers import AttentionInterface
@@ -108,6 +110,13 @@ def bias_per_sample(module, compute, length, _, **more):
 
 
 # ---------------- On a CPU
+
+def keep_freed_memory():
+    """Let glibc keep large blocks that are freed: what it gives back to the kernel is zeroed page by page when it is taken again, which is
+    up to 40% of the time of training, and 8% of decoding."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX 0, M_TRIM_THRESHOLD none
+
 
 def dropout_of(module, x):
     return drop(x, module.p) if module.training else x

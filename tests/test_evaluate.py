@@ -73,11 +73,42 @@ def test_waiting_prompts_take_the_places_of_ended_ones_and_no_text_changes(kind,
         model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
     prompts, limits = PROMPTS * 3, [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
     alone = [evaluate.generate(model, tokenizer, family, [prompt], limit)[0] for prompt, limit in zip(prompts, limits)]
-    entered, dropped, enter, drop = [], [], decoding.enter, decoding.Room.drop
-    monkeypatch.setattr(decoding, "enter", lambda state, more, rows: entered.append(state is not None) or enter(state, more, rows))
-    monkeypatch.setattr(decoding.Room, "drop", lambda room, columns: dropped.append(columns) or drop(room, columns))
+    entered, enter = [], decoding.enter
+    monkeypatch.setattr(decoding, "enter", lambda state, read: entered.append(state["positions"].tolist()) or enter(state, read))
     assert evaluate.generate(model, tokenizer, family, prompts, limits, batch_size=4) == alone
-    assert any(entered) == bool(dropped) == (kind != "bart")  # columns that were padding in all rows have gone
+    assert bool(entered) == (kind != "bart")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+def test_attention_in_parts_sees_each_row_without_its_padding(kind, model_folder, monkeypatch):
+    from data import decoding
+    model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
+    widths, keys = [], decoding.Part.corners
+    monkeypatch.setattr(decoding.Part, "corners", lambda part: widths.append((part.rows, part.columns)) or keys(part))
+    evaluate.generate(model, tokenizer, family, [*PROMPTS[:3], *["y" * 200] * 5], 5)
+    # of an encoder-decoder there are the encoder's columns and the decoder's, which begin at none
+    assert {rows for rows, columns in widths if columns >= 200} == {5} and max(columns for rows, columns in widths if rows == 3) < 50
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_changes_keys_after_the_cache_keeps_hugging_face_s_cache(model_folder, monkeypatch):
+    """Its attention is not given what the cache holds, so parts of that could not stand for it."""
+    import transformers
+    from data import decoding
+    model, tokenizer, family = evaluate.load_model(str(model_folder("llama")))
+    expected, parted, into_parts = evaluate.generate(model, tokenizer, family, PROMPTS, 12), [], decoding.into_parts
+    update = transformers.cache_utils.DynamicLayer.update
+    monkeypatch.setattr(transformers.cache_utils.DynamicLayer, "update", lambda *a, **k: tuple(x.clone() for x in update(*a, **k)))
+    monkeypatch.setattr(decoding, "into_parts", lambda state: parted.append(decoding.in_parts(into_parts(state))) or into_parts(state))
+    assert evaluate.generate(model, tokenizer, family, PROMPTS, 12) == expected and parted and not any(parted)
+
+
+def test_of_shorter_prompts_more_rows_are_decoded_side_by_side_in_as_many_tokens(model_folder, monkeypatch):
+    model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
+    held, step = [], evaluate.next_logits
+    monkeypatch.setattr(evaluate, "next_logits", lambda *a: held.append((len(a[2]), int(a[3]["positions"].sum()))) or step(*a))
+    evaluate.generate(model, tokenizer, family, ["x" * 150] * 8 + ["y" * 20] * 40, 64, batch_size=4)
+    assert held[0][0] == 4 and max(rows for rows, _ in held) == 8 and max(tokens for _, tokens in held) <= 4 * (150 + 64)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
