@@ -270,7 +270,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     was_training, fresh = model.training, {}
     model.eval()
     if model.device.type == "cpu":
-        kernels.keep_freed_memory()
+        kernels.keep_freed_memory(2**22)  # larger blocks are mostly the cache's, which would leave gaps of all sizes, 0.4 GB
     with decoding.attention_in_parts(model), decoding.packed_products(model), torch.inference_mode(), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
         decoding = decode(model, tokenizer, family, rows, batch_size, temperature, top_p, stop)
         for row, text, reason in files.progress(decoding, "decoding", rank == 0, len(rows)):

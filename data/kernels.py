@@ -111,11 +111,14 @@ def bias_per_sample(module, compute, length, _, **more):
 
 # ---------------- On a CPU
 
-def keep_freed_memory():
-    """Let glibc keep large blocks that are freed: what it gives back to the kernel is zeroed page by page when it is taken again, which is
-    up to 40% of the time of training, and 8% of decoding."""
+def keep_freed_memory(largest=None):
+    """Let glibc keep blocks that are freed, up to so many bytes (None: all): what it gives back to the kernel is zeroed page by page when it
+    is taken again, which is up to 40% of the time of training and 5% of decoding."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX 0, M_TRIM_THRESHOLD none
+        if largest is None:
+            libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX 0, M_TRIM_THRESHOLD none
+        else:
+            libc.mallopt(-3, largest), libc.mallopt(-1, 64 * largest)  # M_MMAP_THRESHOLD
 
 
 def dropout_of(module, x):
