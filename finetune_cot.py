@@ -369,7 +369,7 @@ def parse_args(argv=None):
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
     evaluating.add_argument("--eval_samples", type=int, default=1, help="K answers a question: majority vote, pass@k (default 1, greedy)")
     evaluating.add_argument("--eval_temperature", type=float, default=0.7, help="of --eval_samples above 1 (default 0.7)")
-    evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once (default 64)")
+    evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once, of the longest; of shorter ones up to twice as many (default 64)")
     lines = studies.command_lines(sys.argv[1:] if argv is None else argv)
     cells = [cell for line in lines for cell in studies.expand(parser.parse_args(line))]
     for args in cells:
