@@ -155,41 +155,57 @@ def room_of(row, new=()):
     return len(row["ids"]) + max(len(new), min(64, row["limit"]))
 
 
-def choose_entering(rows, tokens, waiting, batch_size, budget):
-    """-> how many of those waiting fit into the budget of tokens beside the rows there are; none while these fill 7/8 of it."""
+def token_budget(model, family, waiting, batch_size, memory):
+    """-> how many tokens there may be side by side: those of the longest batch_size rows; by default (None) of 64, but on a CPU at most what
+    takes so much memory (bytes), and those of the longest row at least."""
+    from data import decoding
+    longest = sorted(map(room_of, waiting), reverse=True)[:batch_size or 64]
+    if batch_size or not longest or model.device.type != "cpu":
+        return sum(longest)
+    a_token = decoding.bytes_a_token(prefill(model, family, [waiting[0]["ids"][:1]], 0)[1])
+    return max(longest[0], min(sum(longest), memory // max(1, a_token)))
+
+
+def choose_entering(rows, tokens, waiting, most, budget):
+    """-> how many of those waiting fit into the budget of tokens beside the rows there are, up to `most` rows in all; none while these fill
+    7/8 of it."""
     room = budget - sum(map(room_of, rows, tokens))
     number = 0
     if not rows or room >= budget // 8:
-        while len(rows) + number < min(2 * batch_size, len(rows) + len(waiting)) and (room := room - room_of(waiting[number])) >= 0:
+        while len(rows) + number < min(most, len(rows) + len(waiting)) and (room := room - room_of(waiting[number])) >= 0:
             number += 1
     return number
 
 
-def decode(model, tokenizer, family, waiting, batch_size, temperature=0.0, top_p=1.0, stop=None):
+def decode(model, tokenizer, family, waiting, most, budget, temperature=0.0, top_p=1.0, stop=None, likeliest=None):
     """Decode rows {"index", "ids", "limit", "random"}, the longest first; yield each when it ends, (row, text, reason): `stop` at end of
     sequence or a stop string (which is cut off), `length` at the row's limit.
 
-    Rows that end leave, and waiting ones enter: the longest batch_size of them set how many tokens there may be side by side, so that of
-    shorter ones there are more, up to twice as many.  Raises UserError where logits are no numbers."""
+    Rows that end leave, and waiting ones enter: there are so many at most, and so many tokens (budget).  likeliest: of decoding.likeliest_word; where it is, what is called logits is what
+    it takes.  Raises UserError where logits are no numbers."""
     import torch
-    from data import decoding
+    from data import decoding, kernels
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows, tokens, state, budget = [], [], None, sum(sorted(map(room_of, waiting))[-batch_size:])
+    rows, tokens, state = [], [], None
     while rows or waiting:
         if waiting and (not rows or decoding.can_start_late(model, family, state)):
-            number = choose_entering(rows, tokens, waiting, batch_size, budget)
+            number = choose_entering(rows, tokens, waiting, most, budget)
             entering, waiting = waiting[:number], waiting[number:]
             for part, more, read in read_prompts_of(model, family, entering, pad_id):
                 if rows:
                     decoding.enter(state, read)
                 state, logits = (state, torch.cat([logits, more])) if rows else (read, more)
                 rows, tokens = rows + part, tokens + [[] for _ in part]
-        if len(broken := (~logits.amax(-1).isfinite()).nonzero()):
+                kernels.give_freed_memory_back()  # reading takes ten times what a step takes
+        if likeliest:
+            best, picked = likeliest(logits)
+        else:
+            best, picked = logits.amax(-1), pick_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p)
+        if len(broken := (~best.isfinite()).nonzero()):
             raise UserError(f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
                             f"{len(tokens[broken[0]]) + 1}: its weights are damaged, or too large for this --precision")
-        picked = pick_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p)
         ended, going = [], []
         for place, (row, new, token) in enumerate(zip(rows, tokens, picked.tolist())):
             new.append(token)
@@ -241,7 +257,7 @@ def open_journals(path, rank, ranks):
     return journals, {key: row for rows in held for key, row in rows.items() if {"completion", "finish_reason"} <= row.keys()}
 
 
-def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=64, seed=0,
+def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=None, seed=0,
              too_long="refuse", top_p=1.0, journal=None):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
 
@@ -267,13 +283,16 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
              "random": torch.Generator().manual_seed(int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
-    was_training, fresh = model.training, {}
+    was_training, fresh, weights = model.training, {}, sum(weight.nbytes for weight in model.parameters())
     model.eval()
     if model.device.type == "cpu":
-        kernels.keep_freed_memory(2**22)  # larger blocks are mostly the cache's, which would leave gaps of all sizes, 0.4 GB
-    with decoding.attention_in_parts(model), decoding.packed_products(model), torch.inference_mode(), files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"):
-        decoding = decode(model, tokenizer, family, rows, batch_size, temperature, top_p, stop)
-        for row, text, reason in files.progress(decoding, "decoding", rank == 0, len(rows)):
+        kernels.keep_freed_memory(2**25)  # larger blocks are weights
+    with (decoding.attention_in_parts(model), contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
+          decoding.packed_products(model), torch.inference_mode(),
+          files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)")):
+        budget = token_budget(model, family, rows, batch_size, max(4 * 10**8, weights // 2))
+        decoded = decode(model, tokenizer, family, rows, 2 * (batch_size or 64), budget, temperature, top_p, stop, likeliest)
+        for row, text, reason in files.progress(decoded, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
             for own in journals[:1]:
                 own.append([fresh[row["key"]]])
@@ -347,7 +366,7 @@ def find_device(name):
 
 def run_generate(args):
     """`generate`: complete a file of prompts, on one process or on the ranks of torchrun.  Raises UserError on flags that cannot work."""
-    if min(args.batch_size, args.max_new_tokens, args.samples) < 1 or not 0 <= args.temperature < 100 or not 0 < args.top_p <= 1 \
+    if min(1 if args.batch_size is None else args.batch_size, args.max_new_tokens, args.samples) < 1 or not 0 <= args.temperature < 100 or not 0 < args.top_p <= 1 \
             or "" in (args.stop or []) or args.samples > 1 and not args.temperature:
         raise UserError("--batch_size, --samples and --max_new_tokens must be 1 or more, --temperature from 0 to 100, and above 0 with "
                         "--samples, --top_p above 0 and at most 1, --stop not empty")
@@ -371,6 +390,9 @@ def run_generate(args):
         os._exit(bool(gather(None) and sys.stdout.flush()))
 
 
+BATCH_SIZE_HELP = "rows decoded at once, of the longest; of shorter ones up to twice as many (default 64, but on a CPU at most what takes half the memory of the weights, or 0.4 GB); more is faster and takes more memory"
+
+
 def parse_args(argv=None):
     """-> the flags of one of the commands; args.run is its function."""
     from data import look
@@ -386,7 +408,7 @@ def parse_args(argv=None):
     g.add_argument("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share (default 1: all)")
     g.add_argument("--samples", type=int, default=1, help="completions a prompt, each a row with its completion_index (default 1)")
     g.add_argument("--stop", nargs="+", help="strings that end a completion and are cut off")
-    g.add_argument("--batch_size", type=int, default=64, help="rows decoded at once, of the longest; of shorter ones up to twice as many (default 64); more is faster and takes more memory")
+    g.add_argument("--batch_size", type=int, help=BATCH_SIZE_HELP)
     g.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of weights and products (default fp32)")
     g.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     g.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")

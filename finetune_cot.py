@@ -369,7 +369,7 @@ def parse_args(argv=None):
     evaluating.add_argument("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512, the longest label)")
     evaluating.add_argument("--eval_samples", type=int, default=1, help="K answers a question: majority vote, pass@k (default 1, greedy)")
     evaluating.add_argument("--eval_temperature", type=float, default=0.7, help="of --eval_samples above 1 (default 0.7)")
-    evaluating.add_argument("--eval_batch_size", type=int, default=64, help="prompts decoded at once, of the longest; of shorter ones up to twice as many (default 64)")
+    evaluating.add_argument("--eval_batch_size", type=int, help=evaluate.BATCH_SIZE_HELP)
     lines = studies.command_lines(sys.argv[1:] if argv is None else argv)
     cells = [cell for line in lines for cell in studies.expand(parser.parse_args(line))]
     for args in cells:
@@ -393,8 +393,8 @@ def check(args):
         checked(name)
     for name in ("degree", "epochs", "batch_size", "micro_batch_size", "max_length", "max_new_tokens", "eval_batch_size",
                  "eval_samples", "teacher_max_new_tokens", "keep"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be 1 or more")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value} must be 1 or more")
     for name in ("temperature", "weight_decay", "checkpoint_every", "checkpoint_steps", "eval_every", "seed", "data_seed", "micro_tokens", "warmup",
                  "max_grad_norm", "log_every", "validation"):
         if not 0 <= getattr(args, name) < 10**9:  # so that nan is refused too

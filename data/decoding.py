@@ -6,6 +6,7 @@ Shapes: B rows that are decoded side by side, b of them in a part, H heads, T co
 import collections
 import contextlib
 import functools
+import mmap
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,19 +26,28 @@ class Part:
     def __init__(self, layer, mask, growing):
         """What `layer` holds.  mask (b, 1, 1, T): what is added to scores, or None; growing: whether tokens will come."""
         self.keys, self.values, self.mask = layer.keys, layer.values, mask
-        self.rows, self.columns = len(layer.keys), layer.keys.shape[2]
-        self.move(self.columns + 32 * growing)
+        self.rows, self.columns, self.spare, self.room = len(layer.keys), layer.keys.shape[2], 32 * growing, None
+        self.move([*range(self.rows)])
 
     def corners(self):
         """-> keys and values (b, H, T, D)"""
         return self.keys[:self.rows, :, :self.columns], self.values[:self.rows, :, :self.columns]
 
-    def move(self, columns, rows=slice(None)):
-        """Go where there is room for so many columns, all rows or these, each as often as it is named."""
-        keys, values = (corner[rows] for corner in self.corners())
-        b, heads, _, width = keys.shape
-        self.keys = keys.new_empty(b, heads, columns, width)
-        self.values = keys.new_empty(b, heads, width, columns).transpose(2, 3) if sums_itself(keys) else torch.empty_like(self.keys)
+    def need(self, rows):
+        """-> the numbers that so many rows take, with some columns to spare"""
+        return 2 * rows * self.keys[0, :, 0].numel() * (self.columns + self.spare)
+
+    def move(self, rows):
+        """Go on with these rows, each as often as it is named: in the room they are in, if that is large enough and at most half as large
+        again, where rows that left make room for columns; or else in a new one."""
+        b, (keys, values) = len(rows), (corner[rows] for corner in self.corners())
+        if self.room is None or not self.need(b) <= len(self.room) <= 1.5 * self.need(b):
+            self.room = new_room(self.need(b), keys)
+        _, heads, _, width = keys.shape
+        columns = len(self.room) // (2 * b * heads * width)
+        self.keys, self.values = self.room[:2 * b * heads * columns * width].view(2, b, heads, columns, width)
+        if sums_itself(keys):
+            self.values = self.values.view(b, heads, width, columns).transpose(2, 3)
         self.rows, self.mask = b, None if self.mask is None else self.mask[rows]
         for new, old in zip(self.corners(), (keys, values)):
             new.copy_(old)
@@ -45,15 +55,15 @@ class Part:
     def append(self, keys, values):
         """Add a token (b, H, 1, D) to each row."""
         if self.columns == self.keys.shape[2]:
-            self.move(self.columns + 64)
+            self.move([*range(self.rows)])
         self.columns += 1
         for corner, new in zip(self.corners(), (keys, values)):
             corner[:, :, -1:] = new
 
     def keep(self, rows):
         """Go on with these rows alone, each at its place already or from behind them all."""
-        if len(rows) <= len(self.keys) // 2:
-            return self.move(self.keys.shape[2], rows)
+        if len(self.room) > 1.5 * self.need(len(rows)):
+            return self.move(rows)
         for place, row in enumerate(rows):
             if place != row:
                 self.keys[place], self.values[place] = self.keys[row], self.values[row]
@@ -84,6 +94,16 @@ def sums_itself(x):
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
+def new_room(count, like):
+    """-> a tensor of so many numbers.  On a CPU it has pages of its own, which go back as soon as it is freed: among other blocks, rooms of
+    all sizes would leave gaps as large as themselves."""
+    if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(count)
+    pages = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)  # the kernel zeroes these four times as fast
+    return torch.frombuffer(pages, dtype=like.dtype)
+
+
 class Parts(DynamicLayer):
     """One layer of a cache, in parts.  What it gives a model as keys and values stands for them: no numbers, but the right shape and, for
     `attend`, the parts."""
@@ -112,10 +132,10 @@ class Parts(DynamicLayer):
 
     def keep(self, kept):
         """Go on with these rows of each part."""
-        for part, rows in zip(self.parts, kept):
+        self.parts = [part for part, rows in zip(self.parts, kept) if rows]
+        for part, rows in zip(self.parts, filter(None, kept)):
             if len(rows) < part.rows:
                 part.keep(rows)
-        self.parts = [part for part in self.parts if part.rows]
         self.show()
 
     def attend(self, query, bias, scaling):
@@ -168,6 +188,12 @@ def in_parts(state):
     return isinstance(layers_of(state)[0][0][0], Parts)
 
 
+def bytes_a_token(state):
+    """-> what a token of a row takes of its cache; 0 if that is not in parts."""
+    kinds = [[2 * layer.heads * layer.width * layer.dtype.itemsize for layer in layers] for layers, *_ in layers_of(state)] if in_parts(state) else []
+    return sum(map(sum, kinds)) // max(1, len(kinds))
+
+
 def into_parts(state):
     """Make one part of what has just been read, or leave it, if a layer does not keep keys and values of all tokens (windows, linear
     attention) or its model does not give them to `attend` as they are.  -> state"""
@@ -175,7 +201,8 @@ def into_parts(state):
         return state
     for layers, mask, growing in layers_of(state):
         mask = None if mask.all() else torch.where(mask == 0, -torch.inf, 0.0).to(layers[0].keys.dtype)[:, None, None]
-        layers[:] = [Parts(layer, mask, growing) for layer in layers]
+        for place, layer in enumerate(layers):  # one by one, so that hardly any is there twice
+            layers[place] = Parts(layer, mask, growing)
     return {"past_key_values": state["past_key_values"], "positions": state["positions"]}
 
 
@@ -189,7 +216,7 @@ def enter(state, read):
     """Put the rows of `read` behind those of `state`; both are in parts."""
     for (layers, *_), (entering, *_) in zip(layers_of(state), layers_of(read)):
         for layer, more in zip(layers, entering):
-            layer.parts += more.parts
+            layer.parts, more.parts = layer.parts + more.parts, []
             layer.show()
     state["positions"] = torch.cat([state["positions"], read["positions"]])
 
@@ -202,7 +229,7 @@ def take(state, rows):
         return state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
     for layers, *_ in layers_of(state):
         for layer in layers:
-            layer.parts[0].move(layer.parts[0].keys.shape[2], rows)
+            layer.parts[0].move(rows.tolist())
             layer.show()
 
 
@@ -225,6 +252,71 @@ def keep(state, going):
     return order
 
 
+# ---------------- The likeliest word
+
+class Likeliest:
+    """The word with the largest logit for each row, exactly, in half the time of a head in fp32 and half the memory of its packed copy:
+    the head's product is done in bf16, and the words it leaves in doubt, a few a row, are multiplied in fp32."""
+
+    def __init__(self, head):
+        """head: a Linear without bias, of weight (V, K)"""
+        self.head, weight, kept, sizes, losses = head, head.weight.detach(), [], [], []
+        mean = weight.mean(0)  # what all words have in common changes no order, but would cost digits
+        for block in weight.split(1024):
+            exact = block - mean
+            kept.append(exact.bfloat16())
+            sizes.append(exact.norm(dim=1).amax())
+            losses.append((exact - kept[-1]).norm(dim=1).amax())
+        kept.append(kept[-1][-1:].expand(-len(weight) % 32, -1))  # so that groups are whole
+        self.rough = torch.ops.mkldnn._reorder_linear_weight(torch.cat(kept), 64)
+        self.size, self.lost = torch.stack(sizes).amax(), torch.stack(losses).amax()
+
+    def __call__(self, hidden):
+        """hidden (B, K) -> the largest logits (B,), not finite where one is no number, and their words (B,)"""
+        near, weight = hidden.bfloat16(), self.head.weight
+        scores = torch.ops.mkldnn._linear_pointwise(near, self.rough, None, "none", [], "").unflatten(1, (32, -1))  # (B, 32, V / 32)
+        groups = scores.amax(1).float()
+        top = groups.amax(1)
+        # How far two sums can be off: by what rounding took from their factors (Cauchy-Schwarz), and 2^-24 of all there is at each step
+        error = 2 * ((hidden - near).norm(dim=1) * (self.size + self.lost)
+                     + hidden.norm(dim=1) * (self.lost + hidden.shape[1] * 2**-23 * self.size))
+        least = top - error - 0.008 * (top.abs() + error)  # the sums were rounded to bf16 too, each by 2^-8 at most
+        row, group = (groups >= least[:, None]).nonzero(as_tuple=True)
+        some, place = (scores[row, :, group] >= least[row, None]).nonzero(as_tuple=True)
+        row, word = row[some], (place * groups.shape[1] + group[some]).clamp(max=len(weight) - 1)
+        if len(row) > 32 * len(hidden):
+            return (hidden @ weight.t()).max(1)
+        logits = (hidden[row] * weight[word]).sum(1)
+        best = torch.full_like(top, -torch.inf).scatter_reduce_(0, row, logits, "amax")
+        first = torch.where(logits == best[row], word, len(weight))  # of equals the first, as argmax
+        return best, torch.full_like(best, len(weight) - 1, dtype=torch.long).scatter_reduce_(0, row, first, "amin")
+
+
+@contextlib.contextmanager
+def likeliest_word(model):
+    """While it is open, `model` gives in place of logits what its head would multiply, and a Likeliest that knows the head makes words of it;
+    or None comes, and nothing is changed: on a device that is not a CPU with bf16, or where something is done to the logits afterwards."""
+    head, able = model.get_output_embeddings(), torch.cpu.get_capabilities()
+    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32 \
+            or not (able.get("avx512_bf16") or able.get("amx_bf16")) or not torch.backends.mkldnn.is_available() or model._compiled_call_impl:
+        yield None
+        return
+    def mark(hidden):
+        logits = hidden.new_zeros(1).expand(*hidden.shape[:-1], len(head.weight))
+        logits.untouched = True  # what comes out of the model with this mark is what its head gave
+        return logits
+    head.forward, ids = mark, torch.zeros(1, 1, dtype=torch.long)
+    try:
+        with torch.no_grad():
+            out = model(input_ids=ids, use_cache=False, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})).logits
+        del head.forward
+        if hasattr(out, "untouched"):
+            head.forward = lambda hidden: hidden
+        yield Likeliest(head) if hasattr(out, "untouched") else None
+    finally:
+        vars(head).pop("forward", None)
+
+
 # ---------------- Products
 
 @contextlib.contextmanager
@@ -235,18 +327,17 @@ def packed_products(model):
     users = collections.Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     layers = [layer for layer in model.modules() if type(layer) in (torch.nn.Linear, Conv1D) and layer.weight.device.type == "cpu"
               and layer.weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-              and not model._compiled_call_impl]  # a compiled model would be compiled again
+              and "forward" not in vars(layer) and not model._compiled_call_impl]  # a compiled model would be compiled again
     packs, packed_weights = [], {id(layer.weight) for layer in layers}
     try:
         for parameter in model.parameters() if layers else ():  # after this, nothing needs the file that weights were mapped from
             if id(parameter) not in packed_weights or users[id(parameter)] > 1:
                 parameter.data = parameter.data.clone()
         for layer in layers:
-            weight = rows_are_outputs(layer)
-            packs.append(torch.ops.mkldnn._reorder_linear_weight(weight, 64))
-            layer.forward = functools.partial(packed_product, packs[-1], layer.bias, len(weight))
+            packs.append(torch.ops.mkldnn._reorder_linear_weight(rows_are_outputs(layer), 64))
+            layer.forward = functools.partial(packed_product, packs[-1], layer.bias, len(rows_are_outputs(layer)))
             if users[id(layer.weight)] == 1:
-                layer.weight.data = weight.new_empty(0)
+                layer.weight.data = layer.weight.data.new_empty(0)
         yield
     finally:
         for layer, packed in zip(layers, packs):
