@@ -7,6 +7,7 @@ import collections
 import contextlib
 import functools
 import mmap
+import weakref
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -120,7 +121,7 @@ class Parts(DynamicLayer):
         """Make what stands for keys and values (B, H, T, D); T is that of the longest part."""
         shape = sum(part.rows for part in self.parts), self.heads, max((part.columns for part in self.parts), default=0), self.width
         self.keys = self.values = torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
-        self.keys.parts = self
+        self.keys.parts = weakref.proxy(self)  # a circle would be freed late
 
     def update(self, keys, values, *_, **__):
         """Append new tokens (B, H, 1, D).  -> what stands for all keys and values."""

@@ -111,6 +111,98 @@ def test_of_shorter_prompts_more_rows_are_decoded_side_by_side_in_as_many_tokens
     assert held[0][0] == 4 and max(rows for rows, _ in held) == 8 and max(tokens for _, tokens in held) <= 4 * (150 + 64)
 
 
+def test_memory_of_ended_rows_is_used_again_or_given_back(model_folder, monkeypatch):
+    import gc
+    from data import decoding
+    model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
+    step, seen = evaluate.next_logits, []
+    def check(*args):
+        parts = [part for layer in args[3]["past_key_values"].layers for part in layer.parts]
+        seen.append((len(parts), sum(type(thing) is decoding.Part for thing in gc.get_objects())))
+        for part in parts:
+            assert 2 * part.rows * part.keys[0, :, 0].numel() * part.columns <= len(part.room) <= 1.5 * part.need(part.rows)
+        return step(*args)
+    monkeypatch.setattr(evaluate, "next_logits", check)
+    limits = [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
+    evaluate.generate(model, tokenizer, family, PROMPTS * 3, limits, batch_size=8)
+    assert len(seen) > 80 and all(held == alive for held, alive in seen)
+
+
+def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(model_folder):
+    from data import decoding
+    model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
+    rows = [{"ids": [5] * n, "limit": 100} for n in (50, 40, 30)]
+    with decoding.attention_in_parts(model), torch.inference_mode():
+        _, state = evaluate.prefill(model, family, [[5, 6]], 1)
+        a_token = 2 * model.config.n_layer * model.config.n_embd * 4  # keys and values in fp32
+        assert decoding.bytes_a_token(state) == a_token
+        budgets = [evaluate.token_budget(model, family, rows, size, memory) for size, memory in ((None, 10**9), (None, 200 * a_token), (None, 1), (2, 1))]
+    assert budgets == [50 + 40 + 30 + 3 * 64, 200, 50 + 64, 50 + 40 + 2 * 64]
+
+
+with_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products in bf16")
+
+
+@with_bf16
+def test_the_likeliest_word_is_exact_where_bf16_cannot_tell_words_apart():
+    from data.decoding import Likeliest
+    torch.manual_seed(0)
+    for words, width, rows in ((2, 1, 3), (1000, 64, 8), (3001, 200, 5), (1057, 33, 1)):
+        for common in (0, 30):
+            head, hidden = torch.nn.Linear(width, words, bias=False), torch.randn(rows, width) * 5
+            with torch.no_grad():
+                head.weight.normal_().add_(common * torch.randn(width))
+                head.weight[words // 2:] = head.weight[:words - words // 2] * (1 + 1e-4 * torch.randn(words - words // 2, 1))  # near twins
+                best, word = Likeliest(head)(hidden)
+            logits = hidden.double() @ head.weight.double().t()
+            rounding = width * 2**-23 * hidden.norm(dim=1) * head.weight.norm(dim=1).amax()
+            chosen = logits.gather(1, word[:, None])[:, 0]
+            assert (logits.amax(1) - chosen <= rounding).all() and ((best - chosen).abs() <= rounding).all()
+
+
+@with_bf16
+def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_noticed():
+    from data.decoding import Likeliest
+    head, hidden = torch.nn.Linear(8, 100, bias=False), torch.ones(3, 8)
+    with torch.no_grad():
+        head.weight.fill_(0.5)  # all words are in doubt
+        assert [x.tolist() for x in Likeliest(head)(hidden)] == [[4.0] * 3, [0] * 3]
+        head.weight[40:60] = 1.0
+        hidden[1, 2] = torch.nan
+        best, word = Likeliest(head)(hidden)
+        assert best.isfinite().tolist() == [True, False, True] and word[0] == word[2] == 40 and word[1] < 100
+        head.weight[7, 1] = torch.inf
+        assert not Likeliest(head)(hidden)[0].isfinite().any()
+
+
+def test_a_head_is_left_alone_where_its_logits_are_changed_afterwards_or_drawn_from(model_folder, monkeypatch):
+    import transformers
+    from data import decoding
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
+    torch.manual_seed(0)
+    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                                                     num_key_value_heads=1, head_dim=16, final_logit_softcapping=5.0)).eval()
+    for one, replaced in ((model, True), (capped, False)):
+        with decoding.likeliest_word(one) as likeliest:
+            assert (likeliest is not None) == ("forward" in vars(one.get_output_embeddings())) == replaced
+        assert "forward" not in vars(one.get_output_embeddings())
+    monkeypatch.setattr(decoding, "likeliest_word", lambda model: 1 / 0)
+    evaluate.generate(model, tokenizer, family, PROMPTS[:2], 3, temperature=1.0)
+
+
+@with_bf16
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_texts_are_the_same_with_the_whole_head_in_fp32(kind, model_folder, monkeypatch):
+    from data import decoding
+    model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    rough = evaluate.generate(model, tokenizer, family, PROMPTS, 40)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(decoding, "Likeliest", lambda head: 1 / 0)
+    assert evaluate.generate(model, tokenizer, family, PROMPTS, 40) == rough
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_weights_are_the_same_bits_after_decoding_even_where_it_fails(kind, model_folder, monkeypatch):
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
