@@ -390,7 +390,8 @@ def run_generate(args):
         os._exit(bool(gather(None) and sys.stdout.flush()))
 
 
-BATCH_SIZE_HELP = "rows decoded at once, of the longest; of shorter ones up to twice as many (default 64, but on a CPU at most what takes half the memory of the weights, or 0.4 GB); more is faster and takes more memory"
+BATCH_SIZE_HELP = """rows decoded at once, of the longest; of shorter ones up to twice as many (default 64, but on a CPU at most what takes half the
+memory of the weights, or 0.4 GB); more is faster and takes more memory"""
 
 
 def parse_args(argv=None):

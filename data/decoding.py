@@ -1,5 +1,5 @@
-"""What makes decoding fast and changes no token: a cache in parts that need no padding, attention of one query, and weights laid out for
-a CPU.  evaluate.py's `decode` uses it; it imports torch, so it is imported there.
+"""What makes decoding fast and changes no token: a cache in parts that need no padding, attention of one query, the likeliest word
+without the whole head in fp32, and weights laid out for a CPU.  evaluate.py's `decode` uses it; it imports torch, so it is imported there.
 
 Shapes: B rows that are decoded side by side, b of them in a part, H heads, T columns so far, D width of a head.
 """
