@@ -100,7 +100,10 @@ def new_room(count, like):
     all sizes would leave gaps as large as themselves."""
     if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(count)
-    pages = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as e:  # files.within_memory knows this one
+        raise MemoryError(f"the cache's {count * like.element_size()} bytes: {e}") from None
     pages.madvise(mmap.MADV_HUGEPAGE)  # the kernel zeroes these four times as fast
     return torch.frombuffer(pages, dtype=like.dtype)
 
