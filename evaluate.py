@@ -181,8 +181,8 @@ def decode(model, tokenizer, family, waiting, most, budget, temperature=0.0, top
     """Decode rows {"index", "ids", "limit", "random"}, the longest first; yield each when it ends, (row, text, reason): `stop` at end of
     sequence or a stop string (which is cut off), `length` at the row's limit.
 
-    Rows that end leave, and waiting ones enter: there are so many at most, and so many tokens (budget).  likeliest: of decoding.likeliest_word; where it is, what is called logits is what
-    it takes.  Raises UserError where logits are no numbers."""
+    Rows that end leave, and waiting ones enter: `most` at once, with at most `budget` tokens.  likeliest: of
+    decoding.likeliest_word; where it is, what is called logits is what it takes.  Raises UserError where logits are no numbers."""
     import torch
     from data import decoding, kernels
     eos = model.generation_config.eos_token_id

@@ -175,6 +175,7 @@ def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_
         assert not Likeliest(head)(hidden)[0].isfinite().any()
 
 
+@with_bf16
 def test_a_head_is_left_alone_where_its_logits_are_changed_afterwards_or_drawn_from(model_folder, monkeypatch):
     import transformers
     from data import decoding
