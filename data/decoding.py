@@ -41,17 +41,19 @@ class Part:
     def move(self, rows):
         """Go on with these rows, each as often as it is named: in the room they are in, if that is large enough and at most half as large
         again, where rows that left make room for columns; or else in a new one."""
-        b, (keys, values) = len(rows), (corner[rows] for corner in self.corners())
-        if self.room is None or not self.need(b) <= len(self.room) <= 1.5 * self.need(b):
-            self.room = new_room(self.need(b), keys)
-        _, heads, _, width = keys.shape
+        b, old, (_, heads, _, width) = len(rows), self.corners(), self.keys.shape
+        fits = self.room is not None and self.need(b) <= len(self.room) <= 1.5 * self.need(b)
+        if fits or rows != [*range(self.rows)]:  # what would be written over, or is not all there is, is copied first
+            old = [corner[rows] for corner in old]
+        if not fits:
+            self.room = new_room(self.need(b), self.keys)
         columns = len(self.room) // (2 * b * heads * width)
         self.keys, self.values = self.room[:2 * b * heads * columns * width].view(2, b, heads, columns, width)
-        if sums_itself(keys):
+        if sums_itself(self.keys):
             self.values = self.values.view(b, heads, width, columns).transpose(2, 3)
         self.rows, self.mask = b, None if self.mask is None else self.mask[rows]
-        for new, old in zip(self.corners(), (keys, values)):
-            new.copy_(old)
+        for new, corner in zip(self.corners(), old):
+            new.copy_(corner)
 
     def append(self, keys, values):
         """Add a token (b, H, 1, D) to each row."""
@@ -72,20 +74,21 @@ class Part:
 
     def attend(self, query, bias, scaling):
         """Attention of one query a row, (b, H', 1, D) -> the same shape; H' is a multiple of H.  bias (1, H', 1, T): added to scores."""
-        (keys, values), (b, heads, _, width) = self.corners(), query.shape
-        query = query.reshape(b, keys.shape[1], -1, width)  # (b, H, H' / H, D)
-        bias = None if bias is None else bias.reshape(1, *query.shape[1:3], -1)
-        mask = self.mask
+        (keys, values), mask, (b, heads, _, width) = self.corners(), self.mask, query.shape
+        shape = b, keys.shape[1], -1, self.columns  # of scores: (b, H, H' / H, T)
+        bias = None if bias is None else bias.view(1, *shape[1:])
         if sums_itself(keys):
-            scores = (keys @ (query * scaling).transpose(2, 3)).transpose(2, 3)  # in this order it is fastest
-            scores = scores if bias is None else scores + bias
+            query = (query if scaling == 1 else query * scaling).reshape(b * shape[1], -1, width)
+            scores = torch.bmm(keys.flatten(0, 1), query.transpose(1, 2)).transpose(1, 2)  # in this order it is fastest
+            if bias is not None:
+                scores.view(shape).add_(bias)
             if mask is not None:
-                scores[..., :mask.shape[3]] += mask
-            out = (values.transpose(2, 3) @ scores.softmax(-1).transpose(2, 3)).transpose(2, 3)
+                scores.view(shape)[..., :mask.shape[3]] += mask
+            out = torch.bmm(values.flatten(0, 1).transpose(1, 2), scores.softmax(-1).transpose(1, 2)).transpose(1, 2)
         else:
             mask = None if mask is None else torch.nn.functional.pad(mask, (0, self.columns - mask.shape[3]))
             bias = mask if bias is None else bias if mask is None else mask + bias
-            out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, bias, scale=scaling)
+            out = torch.nn.functional.scaled_dot_product_attention(query.reshape(*shape[:3], width), keys, values, bias, scale=scaling)
         return out.reshape(b, heads, 1, width)
 
 
