@@ -290,7 +290,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     with (decoding.attention_in_parts(model), contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
           decoding.packed_products(model), torch.inference_mode(),
           files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)")):
-        budget = token_budget(model, family, rows, batch_size, max(4 * 10**8, weights // 2))
+        budget = token_budget(model, family, rows, batch_size, max(6 * 10**8, weights // 2))
         decoded = decode(model, tokenizer, family, rows, 2 * (batch_size or 64), budget, temperature, top_p, stop, likeliest)
         for row, text, reason in files.progress(decoded, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
@@ -391,7 +391,7 @@ def run_generate(args):
 
 
 BATCH_SIZE_HELP = """rows decoded at once, of the longest; of shorter ones up to twice as many (default 64, but on a CPU at most what takes half the
-memory of the weights, or 0.4 GB); more is faster and takes more memory"""
+memory of the weights, or 0.6 GB); more is faster and takes more memory"""
 
 
 def parse_args(argv=None):
