@@ -35,8 +35,8 @@ def load_model(name, dtype="float32"):
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    # oneDNN keeps what it compiles for the last 1024 shapes of products, up to 1 MB each; few of them come again
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's and torch's of what oneDNN compiles for the last 1024
+        os.environ.setdefault(cache, "64")  # shapes of products, up to 1 MB each; few of them come again
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(name)
