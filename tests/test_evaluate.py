@@ -31,8 +31,11 @@ def one_by_one(model, tokenizer, family, max_new_tokens):
     return texts
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS[:3], pytest.param(KINDS[3], marks=pytest.mark.slow)])
-def test_greedy_text_equals_hugging_face_one_by_one_for_any_batch_size(kind, model_folder):
+def test_greedy_text_equals_hugging_face_one_by_one_for_any_batch_size_on_any_processor(kind, turned, model_folder, monkeypatch):
+    from data import decoding
+    monkeypatch.setattr(decoding, "TURNED", turned)
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
     expected = one_by_one(model, tokenizer, family, 40)
     for batch_size in (1, 3, 7):
