@@ -143,18 +143,19 @@ def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(mo
     assert budgets == [50 + 40 + 30 + 3 * 64, 200, 50 + 64, 50 + 40 + 2 * 64]
 
 
-with_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no products in bf16")
+with_8_bits = pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="this CPU has no products in 8 bits")
 
 
-@with_bf16
-def test_the_likeliest_word_is_exact_where_bf16_cannot_tell_words_apart():
+@with_8_bits
+def test_the_likeliest_word_is_exact_where_8_bits_cannot_tell_words_apart():
     from data.decoding import Likeliest
     torch.manual_seed(0)
     for words, width, rows in ((2, 1, 3), (1000, 64, 8), (3001, 200, 5), (1057, 33, 1)):
-        for common in (0, 30):
+        for common, outlier in ((0, 1), (30, 1), (0, 100)):
             head, hidden = torch.nn.Linear(width, words, bias=False), torch.randn(rows, width) * 5
+            hidden[:, 0] *= outlier
             with torch.no_grad():
-                head.weight.normal_().add_(common * torch.randn(width))
+                head.weight.normal_().mul_(torch.rand(words, 1) + 0.1).add_(common * torch.randn(width))
                 head.weight[words // 2:] = head.weight[:words - words // 2] * (1 + 1e-4 * torch.randn(words - words // 2, 1))  # near twins
                 best, word = Likeliest(head)(hidden)
             logits = hidden.double() @ head.weight.double().t()
@@ -163,7 +164,7 @@ def test_the_likeliest_word_is_exact_where_bf16_cannot_tell_words_apart():
             assert (logits.amax(1) - chosen <= rounding).all() and ((best - chosen).abs() <= rounding).all()
 
 
-@with_bf16
+@with_8_bits
 def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_noticed():
     from data.decoding import Likeliest
     head, hidden = torch.nn.Linear(8, 100, bias=False), torch.ones(3, 8)
@@ -178,11 +179,11 @@ def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_
         assert not Likeliest(head)(hidden)[0].isfinite().any()
 
 
-@with_bf16
+@with_8_bits
 def test_a_head_is_left_alone_where_its_logits_are_changed_afterwards_or_drawn_from(model_folder, monkeypatch):
     import transformers
     from data import decoding
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
     model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
     torch.manual_seed(0)
     capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -195,12 +196,12 @@ def test_a_head_is_left_alone_where_its_logits_are_changed_afterwards_or_drawn_f
     evaluate.generate(model, tokenizer, family, PROMPTS[:2], 3, temperature=1.0)
 
 
-@with_bf16
+@with_8_bits
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_texts_are_the_same_with_the_whole_head_in_fp32(kind, model_folder, monkeypatch):
     from data import decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
     rough = evaluate.generate(model, tokenizer, family, PROMPTS, 40)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     monkeypatch.setattr(decoding, "Likeliest", lambda head: 1 / 0)
