@@ -25,7 +25,7 @@ from data.files import UserError
 
 # ---------------- Local models
 
-ROWS = 96  # decoded at once: on a CPU 64 of a small model take 12% longer, 128 are no faster
+CPU_ROWS, GPU_ROWS = 96, 512  # decoded at once: on a CPU 64 of a small model take 12% longer, 128 are no faster
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -126,14 +126,14 @@ def next_logits(model, family, tokens, state):
 
 
 def read_prompts_of(model, family, rows, pad_id):
-    """`prefill` of the prompts of rows (longest first) in parts of at most 1,024 tokens (or one prompt): like lengths, little
+    """`prefill` of the prompts of rows (longest first), on a CPU in parts of at most 1,024 tokens (or one prompt): like lengths, little
     padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (B, V), state) of each part."""
     import torch
     from data import decoding
-    parts = []
+    parts, most = [], 1024 if model.device.type == "cpu" else sys.maxsize
     for row in rows:
         read = {r["index"] for r in parts[-1]} if parts else ()
-        if not parts or row["index"] not in read and (len(read) + 1) * len(parts[-1][0]["ids"]) > 1024:
+        if not parts or row["index"] not in read and (len(read) + 1) * len(parts[-1][0]["ids"]) > most:
             parts.append([])
         parts[-1].append(row)
     for part in parts:
@@ -152,16 +152,26 @@ def read_prompts_of(model, family, rows, pad_id):
 
 
 def room_of(row, new=()):
-    """-> the tokens that a row takes in the cache: its prompt, its new tokens, and room for 64 of these at least."""
-    return len(row["ids"]) + max(len(new), min(64, row["limit"]))
+    """-> the tokens that a row takes in the cache: its prompt, its new tokens, and the room set aside for some of these."""
+    return len(row["ids"]) + max(len(new), min(row["room"], row["limit"]))
 
 
-def token_budget(model, family, waiting, batch_size, memory):
-    """-> how many tokens there may be side by side: those of the longest batch_size rows; by default (None) of ROWS, but on a CPU at most what
-    takes so much memory (bytes), and those of the longest row at least."""
+def default_size(model):
+    """-> (rows decoded at once, bytes their cache may take) where no batch_size is given: on a CPU half of what the weights take, or 0.6 GB,
+    on a GPU half of what is free."""
+    import torch
+    if model.device.type != "cuda":
+        return CPU_ROWS, max(6 * 10**8, sum(weight.nbytes for weight in model.parameters()) // 2)
+    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch has it, for whoever asks
+    return GPU_ROWS, (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
+
+
+def token_budget(model, family, waiting, batch_size, rows, memory):
+    """-> how many tokens there may be side by side: those of the longest batch_size rows; by default (None) of so many rows, but at most
+    what takes so much memory (bytes), and those of the longest row at least."""
     from data import decoding
-    longest = sorted(map(room_of, waiting), reverse=True)[:batch_size or ROWS]
-    if batch_size or not longest or model.device.type != "cpu":
+    longest = sorted(map(room_of, waiting), reverse=True)[:batch_size or rows]
+    if batch_size or not longest:
         return sum(longest)
     a_token = decoding.bytes_a_token(prefill(model, family, [waiting[0]["ids"][:1]], 0)[1])
     return max(longest[0], min(sum(longest), memory // max(1, a_token)))
@@ -179,7 +189,7 @@ def choose_entering(rows, tokens, waiting, most, budget):
 
 
 def decode(model, tokenizer, family, waiting, most, budget, temperature=0.0, top_p=1.0, stop=None, likeliest=None):
-    """Decode rows {"index", "ids", "limit", "random"}, the longest first; yield each when it ends, (row, text, reason): `stop` at end of
+    """Decode rows {"index", "ids", "limit", "room", "random"}, the longest first; yield each when it ends, (row, text, reason): `stop` at end of
     sequence or a stop string (which is cut off), `length` at the row's limit.
 
     Rows that end leave, and waiting ones enter: `most` at once, with at most `budget` tokens.  likeliest: of
@@ -282,17 +292,18 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     keys = {(i, k): files.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
     todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
     rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
+             "room": 64 if model.device.type == "cpu" else fitting[i][1],  # where there are no parts, no row enters later, for fear of long ones
              "random": torch.Generator().manual_seed(int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
-    was_training, fresh, weights = model.training, {}, sum(weight.nbytes for weight in model.parameters())
+    was_training, fresh, size = model.training, {}, default_size(model)
     model.eval()
     if model.device.type == "cpu":
         kernels.keep_freed_memory(2**25)  # larger blocks are weights
     with (decoding.attention_in_parts(model), contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
           decoding.packed_products(model), torch.inference_mode(),
           files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)")):
-        budget = token_budget(model, family, rows, batch_size, max(6 * 10**8, weights // 2))
-        decoded = decode(model, tokenizer, family, rows, 2 * (batch_size or ROWS), budget, temperature, top_p, stop, likeliest)
+        budget = token_budget(model, family, rows, batch_size, *size)
+        decoded = decode(model, tokenizer, family, rows, 2 * (batch_size or size[0]), budget, temperature, top_p, stop, likeliest)
         for row, text, reason in files.progress(decoded, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
             for own in journals[:1]:
@@ -391,8 +402,8 @@ def run_generate(args):
         os._exit(bool(gather(None) and sys.stdout.flush()))
 
 
-BATCH_SIZE_HELP = """rows decoded at once, of the longest; of shorter ones up to twice as many (default 96, but on a CPU at most what takes half the
-memory of the weights, or 0.6 GB); more is faster and takes more memory"""
+BATCH_SIZE_HELP = """rows decoded at once, of the longest; of shorter ones up to twice as many (default: on a CPU 96, but at most what takes half the
+memory of the weights, or 0.6 GB; on a GPU 512, in half of its free memory); more is faster and takes more memory"""
 
 
 def parse_args(argv=None):

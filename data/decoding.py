@@ -103,15 +103,15 @@ def product(rows, others):
 
 
 def sums_itself(x):
-    """Whether attention is two products and a softmax: for one query in fp32 on a CPU they take half the time of torch's attention on AMD's
+    """Whether attention is two products and a softmax: for one query in fp32 they take half the time of torch's attention on AMD's
     processors, and no more than it on Intel's."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.dtype == torch.float32
 
 
 def new_room(count, like):
-    """-> a tensor of so many numbers.  On a CPU it has pages of its own, which go back as soon as it is freed: among other blocks, rooms of
+    """-> a tensor of so many numbers.  It has pages of its own, which go back as soon as it is freed: among other blocks, rooms of
     all sizes would leave gaps as large as themselves."""
-    if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(count)
     try:
         pages = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -179,8 +179,9 @@ AttentionMaskInterface.register("in_parts", sdpa_mask)
 
 @contextlib.contextmanager
 def attention_in_parts(model):
-    """While it is open, the model attends by `attend`, unless its attention is not torch's or it is compiled."""
-    able = model.config._attn_implementation == "sdpa" and not model._compiled_call_impl
+    """While it is open, the model attends by `attend`, unless its attention is not torch's or it is compiled, or it is not on a CPU: a GPU
+    has nothing to gain from less padding while it waits for its many small orders (an H200 takes up to four times as long for parts)."""
+    able = model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not model._compiled_call_impl
     try:
         if able:
             model.set_attn_implementation("in_parts")
@@ -206,9 +207,10 @@ def in_parts(state):
 
 
 def bytes_a_token(state):
-    """-> what a token of a row takes of its cache; 0 if that is not in parts."""
-    kinds = [[2 * layer.heads * layer.width * layer.dtype.itemsize for layer in layers] for layers, *_ in layers_of(state)] if in_parts(state) else []
-    return sum(map(sum, kinds)) // max(1, len(kinds))
+    """-> what a token of a row takes of its cache, (b, H, T, D) a layer; 0 if no layer keeps tokens."""
+    kinds = [[2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.dtype.itemsize for layer in layers if getattr(layer, "keys", None) is not None]
+             for layers, *_ in layers_of(state)]
+    return sum(map(sum, kinds)) // len(kinds)
 
 
 def into_parts(state):

@@ -60,9 +60,12 @@ def training_kernels(model, packing, products=False, plain=True):
 def attend_per_sample(module, query, key, value, attention_mask, position_bias=None, dropout=0.0, scaling=None, is_causal=None, **more):
     """Attention in a packed row, (1, H, T, W) -> (1, T, H, W): each sample among its own tokens.
 
-    One call a sample costs the sum of their squared lengths; a mask over the row would cost the square of the sum."""
+    One call a sample costs the sum of their squared lengths; a mask over the row would cost the square of the sum.  On a GPU many small
+    calls cost more than padding: there it is one, on padded samples."""
     queries, keys = PACKED[query.shape[2]], PACKED[key.shape[2]]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if in_one_call(query):
+        return attend_padded(module, query, key, value, position_bias, queries, keys[:len(queries)], causal, dropout, scaling, **more), None
     if position_bias is None:
         biases = [None] * len(queries)
     elif isinstance(position_bias, list):  # of bias_per_sample: what lies ahead is masked there
@@ -100,11 +103,42 @@ def largest_causal_mask(n):
     return torch.full((n, n), -torch.inf).triu(1)
 
 
+def in_one_call(x):
+    return x.device.type != "cpu"
+
+
+@functools.lru_cache(maxsize=8)  # once for all layers
+def padded_places(lengths, device):
+    """How samples that lie end to end in a row (T,) go to padded rows (B, n), and back.
+    -> where in the row to find each token of these, any where there is padding (B, n); where in these, flat, to find each of the row (T,);
+    and what of these is no padding (B, n)."""
+    lengths, columns = torch.tensor(lengths)[:, None], torch.arange(max(lengths))
+    real = columns < lengths
+    return [x.to(device) for x in ((lengths.cumsum(0) - lengths + columns) * real, real.flatten().nonzero()[:, 0], real)]
+
+
+def attend_padded(module, query, key, value, bias, queries, keys, causal, dropout, scaling, **more):
+    """As attend_per_sample, in one call on samples padded on the right; queries, keys: their lengths."""
+    (places, back, _), (key_places, _, real) = (padded_places(tuple(n), query.device) for n in (queries, keys))
+    query, key, value = (x[0].index_select(1, where.flatten()).unflatten(1, where.shape).transpose(0, 1)  # (B, H, n, W)
+                         for x, where in ((query, places), (key, key_places), (value, key_places)))
+    if isinstance(bias, tuple):  # of bias_per_sample: what lies ahead is masked there
+        bias, ahead = bias[0], True
+    else:
+        bias, ahead = None if bias is None else bias[0][:, places[:, :, None], key_places[:, None]].transpose(0, 1), False
+    mask = None if causal else real[:, None, None]  # padding lies ahead of all that counts
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal and not ahead, bias, **more)  # (B, n, H, W)
+    return out.flatten(0, 1).index_select(0, back)[None]
+
+
 def bias_per_sample(module, compute, length, _, **more):
-    """T5's position bias as a list, (1, H, T, T) for each sample.  It tells of distances alone, so all are corners of the longest's."""
+    """T5's position bias as a list, (1, H, T, T) for each sample.  It tells of distances alone, so all are corners of the longest's, and on
+    a GPU that one alone is given, in a tuple."""
     bias = compute(max(PACKED[length]), max(PACKED[length]), **more)
     if module.is_causal:
         bias = bias + causal_mask(bias.shape[-1]).to(bias.device)
+    if in_one_call(bias):
+        return (bias,)
     corners = {n: bias[:, :, :n, :n].contiguous() for n in set(PACKED[length])}
     return [corners[n] for n in PACKED[length]]
 

@@ -134,12 +134,12 @@ def test_memory_of_ended_rows_is_used_again_or_given_back(model_folder, monkeypa
 def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(model_folder):
     from data import decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
-    rows = [{"ids": [5] * n, "limit": 100} for n in (50, 40, 30)]
+    rows = [{"ids": [5] * n, "limit": 100, "room": 64} for n in (50, 40, 30)]
     with decoding.attention_in_parts(model), torch.inference_mode():
         _, state = evaluate.prefill(model, family, [[5, 6]], 1)
         a_token = 2 * model.config.n_layer * model.config.n_embd * 4  # keys and values in fp32
         assert decoding.bytes_a_token(state) == a_token
-        budgets = [evaluate.token_budget(model, family, rows, size, memory) for size, memory in ((None, 10**9), (None, 200 * a_token), (None, 1), (2, 1))]
+        budgets = [evaluate.token_budget(model, family, rows, size, evaluate.CPU_ROWS, memory) for size, memory in ((None, 10**9), (None, 200 * a_token), (None, 1), (2, 1))]
     assert budgets == [50 + 40 + 30 + 3 * 64, 200, 50 + 64, 50 + 40 + 2 * 64]
 
 

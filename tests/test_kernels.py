@@ -52,6 +52,23 @@ def test_attention_with_dropout_is_that_without_where_dropout_is_too_small_to_dr
         assert (gradient - expected_gradients[name]).abs().max() < 2e-6 * scale, name
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "flan-t5"])
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_size": 3}, {"gradient_checkpointing": True}], ids=["", "micro-batches", "checkpointing"])
+def test_attention_in_one_call_as_on_a_gpu_changes_neither_loss_nor_gradients(monkeypatch, kind, flags):
+    calls, once = [], kernels.attend_padded
+    monkeypatch.setattr(kernels, "in_one_call", lambda x: True)
+    monkeypatch.setattr(kernels, "attend_padded", lambda *args, **more: calls.append(1) or once(*args, **more))
+    model = tiny_model(kind)
+    samples = samples_for(model, tiny_tokenizer())[:8]
+    expected, expected_gradients = plain_loss_and_gradients(model, samples)
+    assert not calls
+    loss, gradients = step_loss_and_gradients(model, samples, **flags)
+    assert calls and loss == pytest.approx(expected, rel=1e-6)
+    scale = max(g.abs().max() for g in expected_gradients.values())
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).abs().max() < 2e-6 * scale, name
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_recomputing_draws_the_same_dropout_again(kind):
     model = tiny_model(kind, dropout=0.2)
