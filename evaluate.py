@@ -126,11 +126,11 @@ def next_logits(model, family, tokens, state):
 
 
 def read_prompts_of(model, family, rows, pad_id):
-    """`prefill` of the prompts of rows (longest first), on a CPU in parts of at most 1,024 tokens (or one prompt): like lengths, little
+    """`prefill` of the prompts of rows (longest first), on a CPU in parts of at most 512 tokens (or one prompt): like lengths, little
     padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (B, V), state) of each part."""
     import torch
     from data import decoding
-    parts, most = [], 1024 if model.device.type == "cpu" else sys.maxsize
+    parts, most = [], 512 if model.device.type == "cpu" else sys.maxsize
     for row in rows:
         read = {r["index"] for r in parts[-1]} if parts else ()
         if not parts or row["index"] not in read and (len(read) + 1) * len(parts[-1][0]["ids"]) > most:
@@ -157,11 +157,11 @@ def room_of(row, new=()):
 
 
 def default_size(model):
-    """-> (rows decoded at once, bytes their cache may take) where no batch_size is given: on a CPU half of what the weights take, or 0.6 GB,
+    """-> (rows decoded at once, bytes their cache may take) where no batch_size is given: on a CPU half of what the weights take, or 0.45 GB,
     on a GPU half of what is free."""
     import torch
     if model.device.type != "cuda":
-        return CPU_ROWS, max(6 * 10**8, sum(weight.nbytes for weight in model.parameters()) // 2)
+        return CPU_ROWS, max(45 * 10**7, sum(weight.nbytes for weight in model.parameters()) // 2)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch has it, for whoever asks
     return GPU_ROWS, (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
 
@@ -268,6 +268,17 @@ def open_journals(path, rank, ranks):
     return journals, {key: row for rows in held for key, row in rows.items() if {"completion", "finish_reason"} <= row.keys()}
 
 
+def sums_of(model):
+    """-> a sum of each of its weights, by which they are known again."""
+    import torch
+    from data import kernels
+    sums, mapped = [], kernels.mapped_files()
+    for weight in model.parameters():  # in parts, as torch makes doubles of all it sums
+        sums.append(sum(part.sum(dtype=torch.float64).item() for part in weight.detach().flatten().split(2**22)))
+        kernels.forget([weight], mapped)
+    return sums
+
+
 def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0, n=1, stop=None, batch_size=None, seed=0,
              too_long="refuse", top_p=1.0, journal=None):
     """-> for each prompt, n times {"completion", "finish_reason"}.  max_new_tokens: one number, or one per prompt.
@@ -286,7 +297,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
         print(remark)
     settings, journals, done = [temperature, top_p, stop, seed], [], {}
     if journal:  # a row may be taken from there if the weights and all else are the same
-        settings += [p.sum(dtype=torch.float64).item() for p in model.parameters()]
+        settings += sums_of(model)
         journals, done = open_journals(journal, rank, len(shares))
     settings = files.fingerprint(settings)
     keys = {(i, k): files.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
@@ -366,10 +377,14 @@ def score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial
 # ---------------- Command line
 
 def find_device(name):
-    """-> torch.device; cuda if there is one and none is named.  Raises UserError where it is not to be had."""
+    """-> torch.device; cuda if there is one and none is named, under torchrun one for each rank.  Raises UserError where it is not to be had."""
     import torch
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name.startswith("cuda") and rank and rank >= torch.cuda.device_count():
+        raise UserError(f"rank {rank} has no GPU of its own, there are {torch.cuda.device_count()}: start as many ranks with torchrun, or add --device cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda", rank) if "RANK" in os.environ and name.startswith("cuda") else torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:  # what torch raises for a name or a device that is not there
         raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0][:120]}") from None
@@ -387,7 +402,7 @@ def run_generate(args):
     if "RANK" in os.environ:  # under torchrun
         import torch
         if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer, family = load_model(args.model, dtype)
     generated = generate(model.to(device), tokenizer, family, prompts, limits, args.temperature, args.samples, args.stop,
@@ -403,7 +418,7 @@ def run_generate(args):
 
 
 BATCH_SIZE_HELP = """rows decoded at once, of the longest; of shorter ones up to twice as many (default: on a CPU 96, but at most what takes half the
-memory of the weights, or 0.6 GB; on a GPU 512, in half of its free memory); more is faster and takes more memory"""
+memory of the weights, or 0.45 GB; on a GPU 512, in half of its free memory); more is faster and takes more memory"""
 
 
 def parse_args(argv=None):

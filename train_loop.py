@@ -51,12 +51,11 @@ def setup_ranks(device):
     cuda = device.type == "cuda"
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo: for what --shard cpu keeps in main memory
     if cuda:
-        torch.cuda.set_device(local_rank)
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(f"cuda:{local_rank}" if cuda else "cpu"))
+        torch.cuda.set_device(device)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
 def say(ranks, text):

@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from data import kernels
+
 # ---------------- The cache: rows that were read together stay together
 
 
@@ -27,7 +29,7 @@ class Part:
     def __init__(self, layer, mask, growing):
         """What `layer` holds.  mask (b, 1, 1, T): what is added to scores, or None; growing: whether tokens will come."""
         self.keys, self.values, self.mask = layer.keys, layer.values, mask
-        self.rows, self.columns, self.spare, self.room = len(layer.keys), layer.keys.shape[2], 32 * growing, None
+        self.rows, self.columns, self.spare, self.room = len(layer.keys), layer.keys.shape[2], 16 * growing, None
         self.move([*range(self.rows)])
 
     def corners(self):
@@ -365,17 +367,20 @@ def packed_products(model):
               and "forward" not in vars(layer) and not model._compiled_call_impl]  # a compiled model would be compiled again
     packs, packed_weights = [], {id(layer.weight) for layer in layers}
     try:
-        for parameter in model.parameters() if layers else ():  # after this, nothing needs the file that weights were mapped from
-            if id(parameter) not in packed_weights or users[id(parameter)] > 1:
+        files = kernels.mapped_files() if layers else []
+        for parameter in model.parameters() if layers else ():  # after this, nothing needs the file that weights were mapped from, or little
+            if (id(parameter) not in packed_weights or users[id(parameter)] > 1) and not kernels.forget([parameter], files):
                 parameter.data = parameter.data.clone()
         for layer in layers:
             packs.append(torch.ops.mkldnn._reorder_linear_weight(rows_are_outputs(layer), 64))
             layer.forward = functools.partial(packed_product, packs[-1], layer.bias, len(rows_are_outputs(layer)))
             if users[id(layer.weight)] == 1:
+                kernels.forget([layer.weight], files)
                 layer.weight.data = layer.weight.data.new_empty(0)
         yield
     finally:
-        for layer, packed in zip(layers, packs):
+        for layer in layers[:len(packs)][::-1]:
+            packed = packs.pop()
             vars(layer).pop("forward", None)  # Ctrl-C may have come before it was set
             if not layer.weight.numel():
                 layer.weight.data = packed.to_dense()

@@ -6,7 +6,10 @@ Shapes: T tokens of a row, H heads, W width of a head, N rows of a product.
 import contextlib
 import ctypes
 import functools
+import mmap
+import re
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AttentionInterface
@@ -163,6 +166,27 @@ def give_freed_memory_back():
     """Let glibc give back all that is free now."""
     if libc := glibc():
         libc.malloc_trim(0)
+
+
+def mapped_files():
+    """-> the addresses (first, end) of memory that is a file's with weights, none of them changed since."""
+    if not glibc():
+        return []
+    found = re.findall(r"^(\w+)-(\w+) .*\.safetensors$(?:\n\w+:.*)*?\nAnonymous: +0 kB", Path("/proc/self/smaps").read_text(), re.MULTILINE)
+    return [(int(first, 16), int(end, 16)) for first, end in found]  # Anonymous: pages that were written to are the file's no more
+
+
+def forget(weights, mapped):
+    """Take the pages of weights from memory that are one of the `mapped` files'; what is read of them again comes from there.
+    -> whether all are a file's"""
+    found = []
+    for weight in weights:
+        first, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+        found.append(any(start <= first < end <= stop for start, stop in mapped))
+        first, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE  # the pages that are its own
+        if found[-1] and first < end:
+            glibc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    return all(found)
 
 
 def dropout_of(module, x):

@@ -88,9 +88,9 @@ def test_attention_in_parts_sees_each_row_without_its_padding(kind, model_folder
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
     widths, keys = [], decoding.Part.corners
     monkeypatch.setattr(decoding.Part, "corners", lambda part: widths.append((part.rows, part.columns)) or keys(part))
-    evaluate.generate(model, tokenizer, family, [*PROMPTS[:3], *["y" * 200] * 5], 5)
+    evaluate.generate(model, tokenizer, family, [*PROMPTS[:3], *["y" * 200] * 4], 5)
     # of an encoder-decoder there are the encoder's columns and the decoder's, which begin at none
-    assert {rows for rows, columns in widths if columns >= 200} == {5} and max(columns for rows, columns in widths if rows == 3) < 50
+    assert {rows for rows, columns in widths if columns >= 200} == {2} and max(columns for rows, columns in widths if rows == 3) < 50
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -141,6 +141,32 @@ def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(mo
         assert decoding.bytes_a_token(state) == a_token
         budgets = [evaluate.token_budget(model, family, rows, size, evaluate.CPU_ROWS, memory) for size, memory in ((None, 10**9), (None, 200 * a_token), (None, 1), (2, 1))]
     assert budgets == [50 + 40 + 30 + 3 * 64, 200, 50 + 64, 50 + 40 + 2 * 64]
+
+
+def test_pages_of_a_weight_file_are_forgotten_only_while_nothing_is_written_there(model_folder):
+    from data import kernels
+    if not kernels.glibc():
+        pytest.skip("no glibc: nothing is forgotten here")
+    model, *_ = evaluate.load_model(str(model_folder("gpt2")))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    start, end = next((start, end) for start, end in kernels.mapped_files() if start <= model.lm_head.weight.data_ptr() < end)
+    assert kernels.forget(model.parameters(), [(start, end)])
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert not kernels.forget([torch.ones(5000)], kernels.mapped_files())
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] += 1
+    assert (start, end) not in kernels.mapped_files()
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    for device in (None, "cuda"):
+        with pytest.raises(UserError, match="rank 2 has no GPU of its own, there are 2: start as many ranks with torchrun, or add --device cpu"):
+            evaluate.find_device(device)
+    assert evaluate.find_device("cpu") == torch.device("cpu")
 
 
 with_8_bits = pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="this CPU has no products in 8 bits")
