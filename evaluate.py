@@ -157,11 +157,11 @@ def room_of(row, new=()):
 
 
 def default_size(model):
-    """-> (rows decoded at once, bytes their cache may take) where no batch_size is given: on a CPU half of what the weights take, or 0.45 GB,
+    """-> (rows decoded at once, bytes their cache may take) where no batch_size is given: on a CPU half of what the weights take, or 0.6 GB,
     on a GPU half of what is free."""
     import torch
     if model.device.type != "cuda":
-        return CPU_ROWS, max(45 * 10**7, sum(weight.nbytes for weight in model.parameters()) // 2)
+        return CPU_ROWS, max(6 * 10**8, sum(weight.nbytes for weight in model.parameters()) // 2)
     unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)  # torch has it, for whoever asks
     return GPU_ROWS, (torch.cuda.mem_get_info(model.device)[0] + unused) // 2
 
@@ -418,7 +418,7 @@ def run_generate(args):
 
 
 BATCH_SIZE_HELP = """rows decoded at once, of the longest; of shorter ones up to twice as many (default: on a CPU 96, but at most what takes half the
-memory of the weights, or 0.45 GB; on a GPU 512, in half of its free memory); more is faster and takes more memory"""
+memory of the weights, or 0.6 GB; on a GPU 512, in half of its free memory); more is faster and takes more memory"""
 
 
 def parse_args(argv=None):
