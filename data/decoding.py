@@ -44,22 +44,18 @@ class Part:
         """Go on with these rows, each as often as it is named: in the room they are in, if that is large enough and at most half as large
         again, where rows that left make room for columns; or else in a new one."""
         b, old, (_, heads, _, width) = len(rows), self.corners(), self.keys.shape
-        self.mask = None if self.mask is None else self.mask[rows]
-        if self.room is not None and self.need(b) <= len(self.room) <= 1.5 * self.need(b):
-            old, rows = [corner[rows] for corner in old], [*range(b)]  # what would be written over is copied first
-        else:
+        fits = self.room is not None and self.need(b) <= len(self.room) <= 1.5 * self.need(b)
+        if fits or rows != [*range(self.rows)]:  # what would be written over, or is not all there is, is copied first
+            old = [corner[rows] for corner in old]
+        if not fits:
             self.room = new_room(self.need(b), self.keys)
         columns = len(self.room) // (2 * b * heads * width)
         self.keys, self.values = self.room[:2 * b * heads * columns * width].view(2, b, heads, columns, width)
         if sums_itself(self.keys) and TURNED:
             self.values = self.values.view(b, heads, width, columns).transpose(2, 3)
-        self.rows = b
+        self.rows, self.mask = b, None if self.mask is None else self.mask[rows]
         for new, corner in zip(self.corners(), old):
-            if rows == [*range(len(corner))]:
-                new.copy_(corner)
-            else:  # row by row, not by corner[rows], which would be one more copy
-                for place, row in enumerate(rows):
-                    new[place] = corner[row]
+            new.copy_(corner)
 
     def append(self, keys, values):
         """Add a token (b, H, 1, D) to each row."""
