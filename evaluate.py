@@ -87,7 +87,6 @@ def prefill(model, family, prompts, pad_id):
     Decoders: padded on the left, so that all rows go on at the same place, with a mask, and with positions that start at
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
-    from data import decoding
     left, width = family == "decoder", max(map(len, prompts))
     def padded(rows, value):
         return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows], device=model.device)
@@ -104,14 +103,16 @@ def prefill(model, family, prompts, pad_id):
     if getattr(output, "past_key_values", None) is None:
         raise UserError(f"models of type {model.config.model_type} keep no key-value cache, so they cannot be decoded here")
     state |= {"past_key_values": output.past_key_values, "positions": state["attention_mask"].sum(-1)}
-    return output.logits[:, -1], decoding.into_parts(state)
+    return output.logits[:, -1], state
 
 
 def next_logits(model, family, tokens, state):
     """(B,) tokens -> (B, V) logits of the tokens after them; state is carried on."""
     import torch
+    from data import decoding
+    decoding.advance(state)
     own = "attention_mask" if family == "decoder" else "decoder_attention_mask"
-    if own in state:  # a cache in parts has masks of its own
+    if own in state:  # a cache in pages has masks of its own
         state[own] = torch.cat([state[own], torch.ones_like(tokens[:, None])], 1)
     told = {name: value for name, value in state.items() if name != "positions"}
     if family == "decoder":
@@ -127,8 +128,7 @@ def next_logits(model, family, tokens, state):
 
 def read_prompts_of(model, family, rows, pad_id):
     """`prefill` of the prompts of rows (longest first), on a CPU in parts of at most 512 tokens (or one prompt): like lengths, little
-    padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (B, V), state) of each part."""
-    import torch
+    padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (b, V), state, the place there of each row) of each part."""
     from data import decoding
     parts, most = [], 512 if model.device.type == "cpu" else sys.maxsize
     for row in rows:
@@ -139,14 +139,11 @@ def read_prompts_of(model, family, rows, pad_id):
     for part in parts:
         prompts = {row["index"]: row["ids"] for row in part}
         logits, state = prefill(model, family, list(prompts.values()), pad_id)
-        if not decoding.in_parts(state) and len(parts) > 1:  # they could not be put together
+        if not decoding.can_be_paged(state) and len(parts) > 1:  # they could not be put together
             part, prompts = rows, {row["index"]: row["ids"] for row in rows}
             logits, state = prefill(model, family, list(prompts.values()), pad_id)
-        if len(prompts) < len(part):
-            places = torch.tensor([list(prompts).index(row["index"]) for row in part], device=logits.device)
-            logits = logits[places]
-            decoding.take(state, places)
-        yield part, logits, state
+        places = {index: place for place, index in enumerate(prompts)}
+        yield part, logits, state, [places[row["index"]] for row in part]
         if part is rows:
             return
 
@@ -204,10 +201,9 @@ def decode(model, tokenizer, family, waiting, most, budget, temperature=0.0, top
         if waiting and (not rows or decoding.can_start_late(model, family, state)):
             number = choose_entering(rows, tokens, waiting, most, budget)
             entering, waiting = waiting[:number], waiting[number:]
-            for part, more, read in read_prompts_of(model, family, entering, pad_id):
-                if rows:
-                    decoding.enter(state, read)
-                state, logits = (state, torch.cat([logits, more])) if rows else (read, more)
+            for part, more, read, places in read_prompts_of(model, family, entering, pad_id):
+                state = decoding.enter(state if rows else None, read, places, budget)
+                logits = torch.cat([logits, more[places]]) if rows else more[places]
                 rows, tokens = rows + part, tokens + [[] for _ in part]
                 kernels.give_freed_memory_back()  # reading takes ten times what a step takes
         if likeliest:
@@ -229,9 +225,10 @@ def decode(model, tokenizer, family, waiting, most, budget, temperature=0.0, top
                 going.append(place)
         if ended:
             yield from ended
-            kept = decoding.keep(state, going) if going else []
-            rows, tokens, picked = [rows[place] for place in kept], [tokens[place] for place in kept], picked[kept]
+            rows, tokens, picked = [rows[place] for place in going], [tokens[place] for place in going], picked[going]
         if rows:
+            if ended:
+                state = decoding.take(state, going)
             logits = next_logits(model, family, picked, state)
 
 
@@ -303,14 +300,14 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     keys = {(i, k): files.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
     todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
     rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
-             "room": 64 if model.device.type == "cpu" else fitting[i][1],  # where there are no parts, no row enters later, for fear of long ones
+             "room": 64 if model.device.type == "cpu" else fitting[i][1],  # where there are no pages, no row enters later, for fear of long ones
              "random": torch.Generator().manual_seed(int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh, size = model.training, {}, default_size(model)
     model.eval()
     if model.device.type == "cpu":
         kernels.keep_freed_memory(2**25)  # larger blocks are weights
-    with (decoding.attention_in_parts(model), contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
+    with (decoding.paged_attention(model), contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
           decoding.packed_products(model), torch.inference_mode(),
           files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)")):
         budget = token_budget(model, family, rows, batch_size, *size)

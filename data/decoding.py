@@ -1,12 +1,11 @@
-"""What makes decoding fast and changes no token: a cache in parts that need no padding, attention of one query, the likeliest word
-without the whole head in fp32, and weights laid out for a CPU.  evaluate.py's `decode` uses it; it imports torch, so it is imported there.
+"""What makes decoding fast and changes no token: a cache in pages, attention over them, the likeliest word without the whole head in fp32,
+and weights laid out for a CPU.  evaluate.py's `decode` uses it; it imports torch, so it is imported there.
 
-Shapes: B rows that are decoded side by side, b of them in a part, H heads, T columns so far, D width of a head.
+Shapes: B rows that are decoded side by side, b of them read together, H heads, T tokens of a row, D width of a head.
 """
 import collections
 import contextlib
 import functools
-import mmap
 import weakref
 
 import torch
@@ -18,182 +17,172 @@ from transformers.pytorch_utils import Conv1D
 
 from data import kernels
 
-# ---------------- The cache: rows that were read together stay together
+# ---------------- The cache: pages of a few tokens
+
+PAGE = 16  # tokens: with fewer there is more to put together, with more the last page of a row is emptier
 
 
-class Part:
-    """Keys and values (b, H, T, D) of rows that were read together: they are of like length and grow alike, so that hardly a column is
-    padding, whatever the other rows' lengths.  Both are corners of larger tensors, so that a token is written where there is room:
-    Hugging Face's layers copy all they hold at every token, which can take longer than the model."""
+class Pages:
+    """Which pages hold the tokens of which row, in every layer the same ones (Kwon et al. 2023, for GPUs).  So no row is padded, whatever the
+    others' lengths, none moves as it grows, and rows that enter take the pages of those that ended.  Page 0 holds nothing and stands where a row
+    has fewer pages than others."""
 
-    def __init__(self, layer, mask, growing):
-        """What `layer` holds.  mask (b, 1, 1, T): what is added to scores, or None; growing: whether tokens will come."""
-        self.keys, self.values, self.mask = layer.keys, layer.values, mask
-        self.rows, self.columns, self.spare, self.room = len(layer.keys), layer.keys.shape[2], 16 * growing, None
-        self.move([*range(self.rows)])
+    def __init__(self, growing):
+        """growing: whether rows get tokens."""
+        self.growing, self.rows, self.lengths = growing, [], []  # of each row its pages, and its number of tokens
+        self.count, self.free = 1, []  # the number of all pages, and those of them that no row has
 
-    def corners(self):
-        """-> keys and values (b, H, T, D)"""
-        return self.keys[:self.rows, :, :self.columns], self.values[:self.rows, :, :self.columns]
+    def enter(self, lengths):
+        """Add rows of so many tokens.  -> their pages, end to end"""
+        new = [[self.another() for _ in range(0, length, PAGE)] for length in lengths]
+        self.rows, self.lengths = self.rows + new, self.lengths + lengths
+        return sum(new, [])
 
-    def need(self, rows):
-        """-> the numbers that so many rows take, with some columns to spare"""
-        return 2 * rows * self.keys[0, :, 0].numel() * (self.columns + self.spare)
+    def another(self):
+        """-> a page that no row has"""
+        self.count += not self.free
+        return self.free.pop() if self.free else self.count - 1
 
-    def move(self, rows):
-        """Go on with these rows, each as often as it is named: in the room they are in, if that is large enough and at most half as large
-        again, where rows that left make room for columns; or else in a new one."""
-        b, old, (_, heads, _, width) = len(rows), self.corners(), self.keys.shape
-        fits = self.room is not None and self.need(b) <= len(self.room) <= 1.5 * self.need(b)
-        if fits or rows != [*range(self.rows)]:  # what would be written over, or is not all there is, is copied first
-            old = [corner[rows] for corner in old]
-        if not fits:
-            self.room = new_room(self.need(b), self.keys)
-        columns = len(self.room) // (2 * b * heads * width)
-        self.keys, self.values = self.room[:2 * b * heads * columns * width].view(2, b, heads, columns, width)
-        if sums_itself(self.keys) and TURNED:
-            self.values = self.values.view(b, heads, width, columns).transpose(2, 3)
-        self.rows, self.mask = b, None if self.mask is None else self.mask[rows]
-        for new, corner in zip(self.corners(), old):
-            new.copy_(corner)
+    def keep(self, places):
+        """Go on with the rows at these places alone."""
+        self.free += [page for place in {*range(len(self.rows))} - {*places} for page in self.rows[place]]
+        self.rows, self.lengths = [self.rows[place] for place in places], [self.lengths[place] for place in places]
 
-    def append(self, keys, values):
-        """Add a token (b, H, 1, D) to each row."""
-        if self.columns == self.keys.shape[2]:
-            self.move([*range(self.rows)])
-        self.columns += 1
-        for corner, new in zip(self.corners(), (keys, values)):
-            corner[:, :, -1:] = new
+    def advance(self):
+        """Make room for a token in each row, if they grow.  Then the last pages fill the gaps, as all pages are multiplied.
+        -> [(from, to)] of those"""
+        if self.growing:
+            for pages, length in zip(self.rows, self.lengths):
+                if length % PAGE == 0:
+                    pages.append(self.another())
+            self.lengths = [length + 1 for length in self.lengths]
+        self.count -= len(self.free)
+        gaps, self.free, moves = [page for page in self.free if page < self.count], [], []
+        for pages in self.rows if gaps else ():
+            for i, page in enumerate(pages):
+                if page >= self.count:
+                    pages[i] = gaps.pop()
+                    moves.append((page, pages[i]))
+        self.lay_out()
+        return moves
 
-    def keep(self, rows):
-        """Go on with these rows alone, each at its place already or from behind them all."""
-        if len(self.room) > 1.5 * self.need(len(rows)):
-            return self.move(rows)
-        for place, row in enumerate(rows):
-            if place != row:
-                self.keys[place], self.values[place] = self.keys[row], self.values[row]
-        self.rows, self.mask = len(rows), None if self.mask is None else self.mask[rows]
+    def lay_out(self):
+        """Make what attention has to know: the pages of each row, `table` (B, most); of each page its row, `owner` (pages,), and `mask` (pages, 1, 1,
+        PAGE), which is added to scores; `last`, the page of each row's last token and its column there; `columns`, the place of each token in a
+        bias over the longest row's (pages, PAGE)."""
+        most, lengths = max(map(len, self.rows)), torch.tensor(self.lengths)
+        self.table = torch.tensor([pages + [0] * (most - len(pages)) for pages in self.rows])
+        self.owner, first = torch.zeros(2, self.count, dtype=torch.long)
+        self.owner[self.table], first[self.table] = torch.arange(len(self.rows))[:, None], PAGE * torch.arange(most)
+        first[0] = PAGE * most
+        length, columns = lengths[self.owner, None], first[:, None] + torch.arange(PAGE)
+        self.mask = torch.where(columns < length, 0.0, -torch.inf)[:, None, None]
+        self.last = torch.tensor([pages[-1] for pages in self.rows]), (lengths - 1) % PAGE
+        self.columns = (columns + (lengths.max() - length if self.growing else 0)).clamp(max=max(self.lengths) - 1)
+        self.biased = None, self.mask
 
-    def attend(self, query, bias, scaling):
-        """Attention of one query a row, (b, H', 1, D) -> the same shape; H' is a multiple of H.  bias (1, H', 1, T): added to scores."""
-        (keys, values), mask, (b, heads, _, width) = self.corners(), self.mask, query.shape
-        shape = b, keys.shape[1], -1, self.columns  # of scores: (b, H, H' / H, T)
-        bias = None if bias is None else bias.view(1, *shape[1:])
-        if sums_itself(keys):
-            query = (query if scaling == 1 else query * scaling).reshape(b * shape[1], -1, width)
-            scores = product(query, keys.flatten(0, 1).transpose(1, 2))
-            if bias is not None:
-                scores.view(shape).add_(bias)
-            if mask is not None:
-                scores.view(shape)[..., :mask.shape[3]] += mask
-            out = product(scores.softmax(-1), values.flatten(0, 1))
-        else:
-            mask = None if mask is None else torch.nn.functional.pad(mask, (0, self.columns - mask.shape[3]))
-            bias = mask if bias is None else bias if mask is None else mask + bias
-            out = torch.nn.functional.scaled_dot_product_attention(query.reshape(*shape[:3], width), keys, values, bias, scale=scaling)
-        return out.reshape(b, heads, 1, width)
+    def added(self, bias, shape):
+        """-> what is added to scores of this shape (pages, H, H' / H, PAGE).  bias: over the longest row's tokens, (1, H', 1, T) or None; that of T5
+        is the same in every layer."""
+        if self.biased[0] is not bias:
+            self.biased = bias, self.mask + bias[0, :, 0][:, self.columns].transpose(0, 1).reshape(shape)
+        return self.biased[1]
 
 
-# MKL multiplies a single row fastest as rows @ others on Intel's processors, but on AMD's as the transpose of both, with values that lie as
-# (b, H, D, T): Intel takes twice the time for that
-TURNED = "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+class PagedLayer(DynamicLayer):
+    """Keys and values of a layer, in pages: (H, PAGE, D) and (H, D, PAGE), so that both products take the sum along a line, in fp32, in which a CPU
+    multiplies few numbers fastest.  What it gives a model as keys and values stands for them: no numbers, but the right shape and, for `attend`,
+    the layer."""
 
-
-def product(rows, others):
-    """rows (N, g, K) @ others (N, K, M) -> (N, g, M), in the order that is fastest for few rows g."""
-    return torch.bmm(others.transpose(1, 2), rows.transpose(1, 2)).transpose(1, 2) if TURNED else torch.bmm(rows, others)
-
-
-def sums_itself(x):
-    """Whether attention is two products and a softmax: for one query in fp32 they take half the time of torch's attention on AMD's
-    processors, and no more than it on Intel's."""
-    return x.dtype == torch.float32
-
-
-def new_room(count, like):
-    """-> a tensor of so many numbers.  It has pages of its own, which go back as soon as it is freed: among other blocks, rooms of
-    all sizes would leave gaps as large as themselves."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(count)
-    try:
-        pages = mmap.mmap(-1, count * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as e:  # files.within_memory knows this one
-        raise MemoryError(f"the cache's {count * like.element_size()} bytes: {e}") from None
-    pages.madvise(mmap.MADV_HUGEPAGE)  # the kernel zeroes these four times as fast
-    return torch.frombuffer(pages, dtype=like.dtype)
-
-
-class Parts(DynamicLayer):
-    """One layer of a cache, in parts.  What it gives a model as keys and values stands for them: no numbers, but the right shape and, for
-    `attend`, the parts."""
-
-    def __init__(self, layer, mask, growing):
-        """What `layer` holds is the only part.  growing: its rows will all end in the same column, or else they begin in the same."""
+    def __init__(self, pages, like):
+        """pages: of all layers; like: keys (b, H, T, D) such as rows that will enter have."""
         super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.growing, self.parts = growing, [Part(layer, mask, growing)]
-        self.heads, self.width = layer.keys.shape[1], layer.keys.shape[3]
-        self.show()
+        self.lazy_initialization(like, like)
+        self.pages, (_, self.heads, _, self.width) = pages, like.shape
+        self.room, self.written = torch.empty(2, 0, self.heads, PAGE * self.width), 0
 
-    def show(self):
-        """Make what stands for keys and values (B, H, T, D); T is that of the longest part."""
-        shape = sum(part.rows for part in self.parts), self.heads, max((part.columns for part in self.parts), default=0), self.width
-        self.keys = self.values = torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
-        self.keys.parts = weakref.proxy(self)  # a circle would be freed late
+    def reserve(self, tokens=0):
+        """Have room for all pages, and at once for so many tokens: what is never written to takes no memory."""
+        had, count = self.room.shape[1], self.pages.count
+        if had < count:
+            old, self.room = self.room, torch.empty(2, max(count, tokens // PAGE) * 5 // 4, *self.room.shape[2:])
+            self.room[:, :self.written] = old[:, :self.written]
+            self.keys_of_page, self.values_of_page = self.room[0].unflatten(2, (PAGE, self.width)), self.room[1].unflatten(2, (self.width, PAGE))
+        if self.written < count:  # what is masked is multiplied too, and has to be a number
+            self.room[:, self.written:count] = 0
+            self.written = count
+
+    def enter(self, read, rows, pages):
+        """Write to these pages what a layer that has `read` holds of these rows: (row, its first token, the one after its last)."""
+        for into, some in ((self.keys_of_page, read.keys), (self.values_of_page.transpose(2, 3), read.values)):
+            filled = [torch.nn.functional.pad(some[row, :, first:end], (0, 0, 0, (first - end) % PAGE)) for row, first, end in rows]
+            into[pages] = torch.cat([one.unflatten(1, (-1, PAGE)).transpose(0, 1) for one in filled]).float()
+
+    def settle(self, moves):
+        """Follow `Pages.advance`."""
+        self.reserve()
+        if moves:
+            origins, goals = torch.tensor(moves).t()
+            self.room[:, goals] = self.room[:, origins]
+        self.show(max(self.pages.lengths) - self.pages.growing)
+
+    def show(self, tokens):
+        """Make what stands for keys and values (B, H, T, D), of so many tokens."""
+        shape = len(self.pages.rows), self.heads, tokens, self.width
+        self.keys = self.values = torch.full((), torch.nan, dtype=self.dtype).expand(shape)
+        self.keys.layer = weakref.proxy(self)  # a circle would be freed late
 
     def update(self, keys, values, *_, **__):
-        """Append new tokens (B, H, 1, D).  -> what stands for all keys and values."""
-        rows = [part.rows for part in self.parts]
-        for part, *new in zip(self.parts, keys.split(rows), values.split(rows)):
-            part.append(*new)
-        self.show()
+        """Append the tokens (B, H, 1, D) that `Pages.advance` made room for.  -> what stands for all keys and values"""
+        page, column = self.pages.last
+        self.keys_of_page[page, :, column], self.values_of_page[page, :, :, column] = keys[:, :, 0].float(), values[:, :, 0].float()
+        self.show(max(self.pages.lengths))
         return self.keys, self.values
 
-    def keep(self, kept):
-        """Go on with these rows of each part."""
-        self.parts = [part for part, rows in zip(self.parts, kept) if rows]
-        for part, rows in zip(self.parts, filter(None, kept)):
-            if len(rows) < part.rows:
-                part.keep(rows)
-        self.show()
-
     def attend(self, query, bias, scaling):
-        """Attention of one query a row, (B, H', 1, D) -> the same shape.  bias (1, H', 1, T): added to scores."""
-        outs = []
-        for part, some in zip(self.parts, query.split([part.rows for part in self.parts])):
-            own = bias if bias is None else bias[..., -part.columns:] if self.growing else bias[..., :part.columns]
-            outs.append(part.attend(some, own, scaling))
-        return torch.cat(outs)
+        """Attention of one query a row, (B, H', 1, D) -> the same shape; H' is a multiple of H.  bias (1, H', 1, T): added to scores.
+
+        Each page is multiplied alone; a row's softmax, and the sum of its values, are put together of those of its pages."""
+        pages, shape = self.pages, (self.pages.count, self.heads, query.shape[1] // self.heads, PAGE)
+        keys, values = self.keys_of_page[:pages.count].flatten(0, 1), self.values_of_page[:pages.count].flatten(0, 1)
+        query = (query.float() * scaling).flatten(1).index_select(0, pages.owner).view(len(keys), -1, self.width)
+        scores = torch.bmm(query, keys.transpose(1, 2)).view(shape)
+        scores += pages.added(bias, shape)
+        largest = scores.amax(-1).flatten(1)[pages.table].amax(1)  # (B, H')
+        chances = scores.sub_(largest.index_select(0, pages.owner).view(*shape[:3], 1)).exp_()
+        sums = torch.bmm(chances.view(len(keys), -1, PAGE), values.transpose(1, 2)).view(len(chances), -1), chances.sum(-1).flatten(1)
+        out, total = (torch.nn.functional.embedding_bag(pages.table, each, mode="sum") for each in sums)
+        return (out.view(*largest.shape, 1, -1) / total[..., None, None]).to(self.dtype)
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, position_bias=None, **more):
-    """Attention, (B, H, .., D) -> (B, .., H, D): of one query in the parts of a layer; else Hugging Face's, which leaves a mark on the
+    """Attention, (B, H, .., D) -> (B, .., H, D): of one query in the pages of a layer; else Hugging Face's, which leaves a mark on the
     keys: where those in the cache have it, they come here as they are."""
-    if hasattr(key, "parts"):
-        return key.parts.attend(query, position_bias, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
+    if hasattr(key, "layer"):
+        return key.layer.attend(query, position_bias, query.shape[-1] ** -0.5 if scaling is None else scaling).transpose(1, 2), None
     key.attended = True
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **more)
 
 
-AttentionInterface.register("in_parts", attend)
-AttentionMaskInterface.register("in_parts", sdpa_mask)
+AttentionInterface.register("paged", attend)
+AttentionMaskInterface.register("paged", sdpa_mask)
 
 
 @contextlib.contextmanager
-def attention_in_parts(model):
+def paged_attention(model):
     """While it is open, the model attends by `attend`, unless its attention is not torch's or it is compiled, or it is not on a CPU: a GPU
-    has nothing to gain from less padding while it waits for its many small orders (an H200 takes up to four times as long for parts)."""
+    has nothing to gain from less padding while it waits for its many small orders."""
     able = model.device.type == "cpu" and model.config._attn_implementation == "sdpa" and not model._compiled_call_impl
     try:
         if able:
-            model.set_attn_implementation("in_parts")
+            model.set_attn_implementation("paged")
         yield
     finally:
         if able:
             model.set_attn_implementation("sdpa")
 
 
-# ---------------- The state of a batch: the cache ("past_key_values"), "positions" (B,) of the next tokens, masks of a cache not in parts
+# ---------------- The state of a batch: the cache ("past_key_values"), "positions" (B,) of the next tokens, masks of a cache not in pages
 
 def layers_of(state):
     """-> [(layers, mask, whether tokens will come)] of a Hugging Face cache: self-attention, then cross-attention."""
@@ -203,74 +192,68 @@ def layers_of(state):
     return [(cache.layers, other, True)]
 
 
-def in_parts(state):
-    """Whether its cache is in parts."""
-    return isinstance(layers_of(state)[0][0][0], Parts)
+def is_paged(state):
+    """Whether its cache is in pages."""
+    return isinstance(layers_of(state)[0][0][0], PagedLayer)
+
+
+def can_be_paged(state):
+    """Whether what has been read may go into pages: not if a layer does not keep keys and values of all tokens (windows, linear attention), of one
+    width, or its model does not give them to `attend` as they are."""
+    return all(type(layer) is DynamicLayer and hasattr(layer.keys, "attended") and layer.keys.shape == layer.values.shape
+               for layers, *_ in layers_of(state) for layer in layers)
 
 
 def bytes_a_token(state):
     """-> what a token of a row takes of its cache, (b, H, T, D) a layer; 0 if no layer keeps tokens."""
-    kinds = [[2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.dtype.itemsize for layer in layers if getattr(layer, "keys", None) is not None]
-             for layers, *_ in layers_of(state)]
+    kinds = [[2 * layer.keys.shape[1] * layer.keys.shape[3] * (4 if can_be_paged(state) else layer.dtype.itemsize) for layer in layers
+              if getattr(layer, "keys", None) is not None] for layers, *_ in layers_of(state)]
     return sum(map(sum, kinds)) // len(kinds)
-
-
-def into_parts(state):
-    """Make one part of what has just been read, or leave it, if a layer does not keep keys and values of all tokens (windows, linear
-    attention) or its model does not give them to `attend` as they are.  -> state"""
-    if not all(type(layer) is DynamicLayer and hasattr(layer.keys, "attended") for layers, *_ in layers_of(state) for layer in layers):
-        return state
-    for layers, mask, growing in layers_of(state):
-        mask = None if mask.all() else torch.where(mask == 0, -torch.inf, 0.0).to(layers[0].keys.dtype)[:, None, None]
-        for place, layer in enumerate(layers):  # one by one, so that hardly any is there twice
-            layers[place] = Parts(layer, mask, growing)
-    return {"past_key_values": state["past_key_values"], "positions": state["positions"]}
 
 
 def can_start_late(model, family, state):
     """Whether rows may enter beside others that have tokens already.  A decoder is told its positions, and T5's are relative; others'
     (BART's) are counted from the first column."""
-    return in_parts(state) and (family == "decoder" or hasattr(model.config, "relative_attention_num_buckets"))
+    return is_paged(state) and (family == "decoder" or hasattr(model.config, "relative_attention_num_buckets"))
 
 
-def enter(state, read):
-    """Put the rows of `read` behind those of `state`; both are in parts."""
-    for (layers, *_), (entering, *_) in zip(layers_of(state), layers_of(read)):
-        for layer, more in zip(layers, entering):
-            layer.parts, more.parts = layer.parts + more.parts, []
-            layer.show()
-    state["positions"] = torch.cat([state["positions"], read["positions"]])
+def enter(state, read, places, tokens=0):
+    """Put rows behind those of `state` (or None): those at `places` of what has just been read, a list with each as often as it is wanted.
+    tokens: for so many there will be room.  -> state; its cache is in pages, if it can be"""
+    positions = read["positions"][places]
+    if not can_be_paged(read):
+        return read if places == [*range(len(read["positions"]))] else take(read, places)
+    for (into, *_), (layers, mask, growing) in zip(layers_of(state or read), layers_of(read)):
+        ends = [(row, int(real.nonzero()[0]), int(real.nonzero()[-1]) + 1) for row, real in enumerate(mask)]
+        rows, pages = [ends[place] for place in places], into[0].pages if state else Pages(growing)
+        new = pages.enter([end - first for _, first, end in rows])
+        for i, layer in enumerate(layers):  # one by one, so that hardly any is there twice
+            layers[i] = None
+            into[i] = into[i] or PagedLayer(pages, layer.keys)
+            into[i].reserve(tokens)
+            into[i].enter(layer, rows, new)
+    if not state:
+        return {"past_key_values": read["past_key_values"], "positions": positions}
+    return state | {"positions": torch.cat([state["positions"], positions])}
 
 
-def take(state, rows):
-    """Go on with these rows (B',) of what has just been read, each as often as it is named."""
-    for name in state.keys() - {"past_key_values"}:
-        state[name] = state[name][rows]
-    if not in_parts(state):
-        return state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
-    for layers, *_ in layers_of(state):
+def take(state, places):
+    """Go on with the rows at these places, a list.  -> state"""
+    rows = torch.tensor(places, device=state["positions"].device)
+    if is_paged(state):
+        for layers, *_ in layers_of(state):
+            layers[0].pages.keep(places)
+    else:
+        state["past_key_values"].reorder_cache(rows)  # every kind of layer has this one, linear attention too
+    return {name: value if name == "past_key_values" else value[rows] for name, value in state.items()}
+
+
+def advance(state):
+    """Make room for a token in each row, if its cache is in pages; another makes it for itself."""
+    for layers, *_ in layers_of(state) if is_paged(state) else ():
+        moves = layers[0].pages.advance()
         for layer in layers:
-            layer.parts[0].move(rows.tolist())
-            layer.show()
-
-
-def keep(state, going):
-    """Go on with these rows alone (their places, ascending).  -> their places in the order they now have"""
-    if not in_parts(state):
-        take(state, torch.tensor(going, device=state["positions"].device))
-        return going
-    first, order, kept = 0, [], []
-    for part in layers_of(state)[0][0][0].parts:
-        mine = [place - first for place in going if first <= place < first + part.rows]
-        last = [row for row in mine if row >= len(mine)]  # these fill the gaps, so that few rows move
-        kept.append([row if row in mine else last.pop() for row in range(len(mine))])
-        order += [first + row for row in kept[-1]]
-        first += part.rows
-    for layers, *_ in layers_of(state):
-        for layer in layers:
-            layer.keep(kept)
-    state["positions"] = state["positions"][order]
-    return order
+            layer.settle(moves)
 
 
 # ---------------- The likeliest word
