@@ -24,19 +24,18 @@ PAGE = 16  # tokens: with fewer there is more to put together, with more the las
 
 class Pages:
     """Which pages hold the tokens of which row, in every layer the same ones (Kwon et al. 2023, for GPUs).  So no row is padded, whatever the
-    others' lengths, none moves as it grows, and rows that enter take the pages of those that ended.  Page 0 holds nothing and stands where a row
-    has fewer pages than others."""
+    others' lengths, and none moves as it grows; the pages of rows that ended are taken by those that grow, or by the last pages."""
 
     def __init__(self, growing):
         """growing: whether rows get tokens."""
         self.growing, self.rows, self.lengths = growing, [], []  # of each row its pages, and its number of tokens
-        self.count, self.free = 1, []  # the number of all pages, and those of them that no row has
+        self.count, self.free, self.owner = 0, [], None  # the number of all pages, those of them that no row has; of lay_out
 
     def enter(self, lengths):
         """Add rows of so many tokens.  -> their pages, end to end"""
         new = [[self.another() for _ in range(0, length, PAGE)] for length in lengths]
-        self.rows, self.lengths = self.rows + new, self.lengths + lengths
-        return sum(new, [])
+        self.rows, self.lengths, self.owner = self.rows + new, self.lengths + lengths, None
+        return [page for pages in new for page in pages]
 
     def another(self):
         """-> a page that no row has"""
@@ -44,9 +43,9 @@ class Pages:
         return self.free.pop() if self.free else self.count - 1
 
     def keep(self, places):
-        """Go on with the rows at these places alone."""
+        """Go on with the rows at these places alone, each named once."""
         self.free += [page for place in {*range(len(self.rows))} - {*places} for page in self.rows[place]]
-        self.rows, self.lengths = [self.rows[place] for place in places], [self.lengths[place] for place in places]
+        self.rows, self.lengths, self.owner = [self.rows[place] for place in places], [self.lengths[place] for place in places], None
 
     def advance(self):
         """Make room for a token in each row, if they grow.  Then the last pages fill the gaps, as all pages are multiplied.
@@ -63,27 +62,31 @@ class Pages:
                 if page >= self.count:
                     pages[i] = gaps.pop()
                     moves.append((page, pages[i]))
-        self.lay_out()
+        if self.growing or self.owner is None:
+            self.lay_out()
         return moves
 
     def lay_out(self):
-        """Make what attention has to know: the pages of each row, `table` (B, most); of each page its row, `owner` (pages,), and `mask` (pages, 1, 1,
-        PAGE), which is added to scores; `last`, the page of each row's last token and its column there; `columns`, the place of each token in a
-        bias over the longest row's (pages, PAGE)."""
-        most, lengths = max(map(len, self.rows)), torch.tensor(self.lengths)
-        self.table = torch.tensor([pages + [0] * (most - len(pages)) for pages in self.rows])
-        self.owner, first = torch.zeros(2, self.count, dtype=torch.long)
-        self.owner[self.table], first[self.table] = torch.arange(len(self.rows))[:, None], PAGE * torch.arange(most)
-        first[0] = PAGE * most
+        """Make what attention has to know.  Of each row: its pages, `table` (B, most), the first once more where others have more; the page of its
+        last token and the column there, `last`.  Of all pages: the rows' one after another, `listed`, and where each row's begin, `starts` (B,).  Of
+        each page: its row, `owner` (pages,); what is added to its scores, `mask` (pages, 1, 1, PAGE); its tokens' places in a bias, which is over
+        those of the longest row, `columns` (pages, PAGE)."""
+        numbers, lengths = [len(pages) for pages in self.rows], torch.tensor(self.lengths)
+        self.table = torch.tensor([pages + pages[:1] * (max(numbers) - len(pages)) for pages in self.rows])
+        self.last = torch.tensor([pages[-1] for pages in self.rows]), (lengths - 1) % PAGE
+        self.listed, self.starts = torch.tensor([page for pages in self.rows for page in pages]), torch.tensor([0, *numbers[:-1]]).cumsum(0)
+        owner, (self.owner, first) = torch.arange(len(numbers)).repeat_interleave(torch.tensor(numbers)), torch.empty(2, self.count, dtype=torch.long)
+        self.owner[self.listed], first[self.listed] = owner, PAGE * (torch.arange(self.count) - self.starts[owner])
         length, columns = lengths[self.owner, None], first[:, None] + torch.arange(PAGE)
         self.mask = torch.where(columns < length, 0.0, -torch.inf)[:, None, None]
-        self.last = torch.tensor([pages[-1] for pages in self.rows]), (lengths - 1) % PAGE
         self.columns = (columns + (lengths.max() - length if self.growing else 0)).clamp(max=max(self.lengths) - 1)
-        self.biased = None, self.mask
+        self.biased = None, None
 
     def added(self, bias, shape):
         """-> what is added to scores of this shape (pages, H, H' / H, PAGE).  bias: over the longest row's tokens, (1, H', 1, T) or None; that of T5
         is the same in every layer."""
+        if bias is None:
+            return self.mask
         if self.biased[0] is not bias:
             self.biased = bias, self.mask + bias[0, :, 0][:, self.columns].transpose(0, 1).reshape(shape)
         return self.biased[1]
@@ -99,13 +102,13 @@ class PagedLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(like, like)
         self.pages, (_, self.heads, _, self.width) = pages, like.shape
-        self.room, self.written = torch.empty(2, 0, self.heads, PAGE * self.width), 0
+        self.room, self.written = torch.empty(2, 0, self.heads, PAGE * self.width, dtype=torch.float32), 0
 
     def reserve(self, tokens=0):
         """Have room for all pages, and at once for so many tokens: what is never written to takes no memory."""
         had, count = self.room.shape[1], self.pages.count
         if had < count:
-            old, self.room = self.room, torch.empty(2, max(count, tokens // PAGE) * 5 // 4, *self.room.shape[2:])
+            old, self.room = self.room, self.room.new_empty(2, -(-5 * max(count, tokens // PAGE) // 4), *self.room.shape[2:])
             self.room[:, :self.written] = old[:, :self.written]
             self.keys_of_page, self.values_of_page = self.room[0].unflatten(2, (PAGE, self.width)), self.room[1].unflatten(2, (self.width, PAGE))
         if self.written < count:  # what is masked is multiplied too, and has to be a number
@@ -151,7 +154,7 @@ class PagedLayer(DynamicLayer):
         largest = scores.amax(-1).flatten(1)[pages.table].amax(1)  # (B, H')
         chances = scores.sub_(largest.index_select(0, pages.owner).view(*shape[:3], 1)).exp_()
         sums = torch.bmm(chances.view(len(keys), -1, PAGE), values.transpose(1, 2)).view(len(chances), -1), chances.sum(-1).flatten(1)
-        out, total = (torch.nn.functional.embedding_bag(pages.table, each, mode="sum") for each in sums)
+        out, total = (torch.nn.functional.embedding_bag(pages.listed, each, pages.starts, mode="sum") for each in sums)
         return (out.view(*largest.shape, 1, -1) / total[..., None, None]).to(self.dtype)
 
 
@@ -238,7 +241,7 @@ def enter(state, read, places, tokens=0):
 
 
 def take(state, places):
-    """Go on with the rows at these places, a list.  -> state"""
+    """Go on with the rows at these places, a list; where they are in pages, each is named once.  -> state"""
     rows = torch.tensor(places, device=state["positions"].device)
     if is_paged(state):
         for layers, *_ in layers_of(state):

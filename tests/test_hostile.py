@@ -159,7 +159,6 @@ def test_memory_that_runs_out_in_decoding_names_the_flag(monkeypatch):
         evaluate.generate(tiny_model("gpt2"), tiny_tokenizer(), "decoder", ["a"], 3)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch allocates the cache")
 def test_a_cache_there_is_no_memory_for_names_the_flag_too(monkeypatch):
     monkeypatch.setattr(evaluate, "token_budget", lambda *_: 10**15)
     with pytest.raises(UserError, match="out of memory: lower --eval_batch_size.*can't allocate"):
