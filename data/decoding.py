@@ -93,8 +93,8 @@ class Pages:
 
 
 class PagedLayer(DynamicLayer):
-    """Keys and values of a layer, in pages: (H, PAGE, D) and (H, D, PAGE), so that both products take the sum along a line, in fp32, in which a CPU
-    multiplies few numbers fastest.  What it gives a model as keys and values stands for them: no numbers, but the right shape and, for `attend`,
+    """Keys and values of a layer, in pages: (H, PAGE, D) and (H, D, PAGE), so that both products take the sum along a line, in fp32 (on AMD bf16 takes
+    a third longer for as many).  What it gives a model as keys and values stands for them: no numbers, but the right shape and, for `attend`,
     the layer."""
 
     def __init__(self, pages, like):

@@ -83,7 +83,12 @@ def test_waiting_prompts_take_the_places_of_ended_ones_and_no_text_changes(kind,
 def test_attention_goes_over_no_more_pages_than_the_tokens_of_each_row_fill(kind, model_folder, monkeypatch):
     from data import decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
-    limits, seen, attend = [3, 40, 7, 1, 30, 12, 5] * 3, [], decoding.PagedLayer.attend
+    limits, seen, attend, another = [3, 40, 7, 1, 30, 12, 5] * 3, [], decoding.PagedLayer.attend, decoding.Pages.another
+    def count(pages):
+        page = another(pages)
+        pages.most = max(getattr(pages, "most", 0), pages.count - len(pages.free))
+        return page
+    monkeypatch.setattr(decoding.Pages, "another", count)
     def check(layer, *more):
         pages = layer.pages
         assert [len(row) for row in pages.rows] == [-(-length // decoding.PAGE) for length in pages.lengths]
@@ -91,6 +96,7 @@ def test_attention_goes_over_no_more_pages_than_the_tokens_of_each_row_fill(kind
         assert all(pages.owner[page] == place for place, row in enumerate(pages.rows) for page in row)
         assert (pages.mask == 0).sum() == sum(pages.lengths)
         seen.append((pages.lengths[0], pages.count))
+        assert layer.written == pages.most  # as many as were ever in use at once: those of ended rows are used again
         return attend(layer, *more)
     monkeypatch.setattr(decoding.PagedLayer, "attend", check)
     evaluate.generate(model, tokenizer, family, [*PROMPTS, *["y" * 200] * 14], limits, batch_size=6)
