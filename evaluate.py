@@ -5,11 +5,10 @@
     python evaluate.py table [--format markdown]     # beside the paper's values;  plot degree --out FILE.png: figures
     python evaluate.py show FILE    # wrong, right, unreadable completions to read;  diff FILE FILE: where two runs differ
 
-Only `generate` imports torch.  Completion datasets are read and made in data/completions.py, looked at in data/look.py.
+Only `generate` imports torch.  Completion datasets are read and made in evaluate.py, looked at in extras/report.py.
 """
 import argparse
 import contextlib
-import functools
 import inspect
 import json
 import math
@@ -18,9 +17,8 @@ import sys
 from pathlib import Path
 
 import tasks
-from data.completions import check_rows, few_shot_examples, make_completions, read_completions, rows_of_part  # noqa: F401 (names of this module too)
-from data import completions, files
-from data.files import UserError
+import storage
+from storage import UserError, read_completions, read_prompts
 
 
 # ---------------- Local models
@@ -51,7 +49,7 @@ def load_model(name, dtype="float32"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
         model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, weights_only=True)
-    except (OSError, SafetensorError, StrictDataclassError, *files.UNREADABLE) as e:  # files missing, torn or foreign
+    except (OSError, SafetensorError, StrictDataclassError, *storage.UNREADABLE) as e:  # files missing, torn or foreign
         what = "could not be loaded" if folder.is_dir() else "is neither a folder here nor a model that could be downloaded"
         raise UserError(f"the model {name} {what} ({' '.join(str(e).split())[:160]})") from None
     for module in model.modules():  # the same function as one operation instead of eight
@@ -109,7 +107,7 @@ def prefill(model, family, prompts, pad_id):
 def next_logits(model, family, tokens, state):
     """(B,) tokens -> (B, V) logits of the tokens after them; state is carried on."""
     import torch
-    from data import decoding
+    from extras import cpu_decoding as decoding
     decoding.advance(state)
     own = "attention_mask" if family == "decoder" else "decoder_attention_mask"
     if own in state:  # a cache in pages has masks of its own
@@ -129,7 +127,7 @@ def next_logits(model, family, tokens, state):
 def read_prompts_of(model, family, rows, pad_id):
     """`prefill` of the prompts of rows (longest first), on a CPU in parts of at most 512 tokens (or one prompt): like lengths, little
     padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (b, V), state, the place there of each row) of each part."""
-    from data import decoding
+    from extras import cpu_decoding as decoding
     parts, most = [], 512 if model.device.type == "cpu" else sys.maxsize
     for row in rows:
         read = {r["index"] for r in parts[-1]} if parts else ()
@@ -166,7 +164,7 @@ def default_size(model):
 def token_budget(model, family, waiting, batch_size, rows, memory):
     """-> how many tokens there may be side by side: those of the longest batch_size rows; by default (None) of so many rows, but at most
     what takes so much memory (bytes), and those of the longest row at least."""
-    from data import decoding
+    from extras import cpu_decoding as decoding
     longest = sorted(map(room_of, waiting), reverse=True)[:batch_size or rows]
     if batch_size or not longest:
         return sum(longest)
@@ -192,7 +190,7 @@ def decode(model, tokenizer, family, waiting, most, budget, temperature=0.0, top
     Rows that end leave, and waiting ones enter: `most` at once, with at most `budget` tokens.  likeliest: of
     decoding.likeliest_word; where it is, what is called logits is what it takes.  Raises UserError where logits are no numbers."""
     import torch
-    from data import decoding, kernels
+    from extras import cpu_decoding as decoding, cpu_training as kernels
     eos = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -260,7 +258,7 @@ def gather(value):
 
 def open_journals(path, rank, ranks):
     """-> (the journals this rank looks after, its own first, {key: row} of what all ranks of a killed run had finished)."""
-    journals = [files.Journal(f"{path}.journal-{r}") for r in sorted({rank, *files.journal_paths(path)}) if r % ranks == rank]
+    journals = [storage.Journal(f"{path}.journal-{r}") for r in sorted({rank, *storage.journal_paths(path)}) if r % ranks == rank]
     held = [rows for share in gather([journal.rows for journal in journals])[0] for rows in share]
     return journals, {key: row for rows in held for key, row in rows.items() if {"completion", "finish_reason"} <= row.keys()}
 
@@ -268,7 +266,7 @@ def open_journals(path, rank, ranks):
 def sums_of(model):
     """-> a sum of each of its weights, by which they are known again."""
     import torch
-    from data import kernels
+    from extras import cpu_training as kernels
     sums, mapped = [], kernels.mapped_files()
     for weight in model.parameters():  # in parts, as torch makes doubles of all it sums
         sums.append(sum(part.sum(dtype=torch.float64).item() for part in weight.detach().flatten().split(2**22)))
@@ -285,7 +283,7 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     are kept as they finish, and a killed run goes on there.  too_long: refuse prompts that leave no room in the model's positions
     (UserError), cut them on the left, or skip them (empty completion, "length")."""
     import torch
-    from data import decoding, kernels
+    from extras import cpu_decoding as decoding, cpu_training as kernels
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
     fitting, remark = fit_positions(model, family, ids, limits, too_long)
@@ -296,12 +294,12 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
     if journal:  # a row may be taken from there if the weights and all else are the same
         settings += sums_of(model)
         journals, done = open_journals(journal, rank, len(shares))
-    settings = files.fingerprint(settings)
-    keys = {(i, k): files.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
+    settings = storage.fingerprint(settings)
+    keys = {(i, k): storage.fingerprint([settings, i, k, *fitting[i]]) for i in range(len(ids)) for k in range(n)}
     todo = [i for i, (_, limit) in enumerate(fitting) if limit and any(keys[i, k] not in done for k in range(n))]
     rows = [{"index": i, "key": keys[i, k], "ids": fitting[i][0], "limit": fitting[i][1],
              "room": 64 if model.device.type == "cpu" else fitting[i][1],  # where there are no pages, no row enters later, for fear of long ones
-             "random": torch.Generator().manual_seed(int(files.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
+             "random": torch.Generator().manual_seed(int(storage.fingerprint([seed, prompts[i], k]), 16) % 2**63)}
             for i in sorted(todo, key=lambda i: -len(fitting[i][0]))[rank::len(shares)] for k in range(n) if keys[i, k] not in done]
     was_training, fresh, size = model.training, {}, default_size(model)
     model.eval()
@@ -309,10 +307,10 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
         kernels.keep_freed_memory(2**25)  # larger blocks are weights
     with (decoding.paged_attention(model), contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
           decoding.packed_products(model), torch.inference_mode(),
-          files.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)")):
+          storage.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)")):
         budget = token_budget(model, family, rows, batch_size, *size)
         decoded = decode(model, tokenizer, family, rows, 2 * (batch_size or size[0]), budget, temperature, top_p, stop, likeliest)
-        for row, text, reason in files.progress(decoded, "decoding", rank == 0, len(rows)):
+        for row, text, reason in storage.progress(decoded, "decoding", rank == 0, len(rows)):
             fresh[row["key"]] = {"key": row["key"], "completion": text, "finish_reason": reason}
             for own in journals[:1]:
                 own.append([fresh[row["key"]]])
@@ -323,6 +321,67 @@ def generate(model, tokenizer, family, prompts, max_new_tokens, temperature=0.0,
         done |= share
     none = {"completion": "", "finish_reason": "length"}
     return [[{name: done.get(keys[i, k], none)[name] for name in none} for k in range(n)] for i in range(len(ids))]
+
+
+# ---------------- Completion datasets: made by any model behind complete(prompts, n, temperature, max_new_tokens, stop)
+
+def few_shot_examples(task, data_dir="data"):
+    """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
+    path = Path(data_dir) / "few_shot_cot_prompts.json"
+    prompt = storage.read_json(path).get(task) if path.exists() else None
+    if prompt is None and task == "toy":
+        return tasks.TOY_EXAMPLES
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+        raise UserError(f"{path} has no few-shot prompt for {task}: make it with `python data/prepare.py {task}`, or use zs_cot "
+                        "(there is none for tracking_shuffled_objects)")
+    return prompt["prompt"]
+
+
+def make_completions(complete, samples, method, family, template, degree=1, temperature=0.0, max_new_tokens=128, examples=""):
+    """-> {"<sample_index>": [row, ...]}: `degree` completions per sample, by any model behind `complete(prompts, n,
+    temperature, max_new_tokens, stop)`.  zs_cot takes two steps (paper §3, step 1): the rationale, then the answer after it."""
+    prompts = [tasks.format_sample(template, family, s["question"], examples=examples)[0] for s in samples]
+    stop = ["\nQ:"] if method == "fs_cot" else None  # the examples teach a base model to go on with a next question
+    first = complete(prompts, degree, temperature, max_new_tokens, stop)
+    data = {str(s["sample_index"]): [{"sample_index": s["sample_index"], "completion_index": k, "question": s["question"],
+                                      "answer": s["answer"], "prompt": prompt, **one} for k, one in enumerate(many)]
+            for s, prompt, many in zip(samples, prompts, first)}
+    if method == "zs_cot":
+        rows = [row for many in data.values() for row in many]
+        for row in rows:
+            row |= {"reasoning_" + k: row[k] for k in ("prompt", "completion", "finish_reason")}
+            row["prompt"] += row["completion"] + tasks.COT_ANSWER
+        for row, [answer] in zip(rows, complete([row["prompt"] for row in rows], 1, 0.0, max_new_tokens, None)):
+            row |= answer
+    return data
+
+
+def check_rows(path, rows, task, samples, data_dir):
+    """Raise UserError for a completion that is not of these samples: foreign, or with another question or gold answer."""
+    gold = [(sample["question"].strip(), sample["answer"].strip()) for sample in samples]
+    for row in rows:
+        i = row["sample_index"]
+        if not 0 <= i < len(gold) or (row["question"].strip(), row["answer"].strip()) != gold[i]:
+            raise UserError(f"{path}: sample {i} is not sample {i} of {task} in {data_dir} (question or gold answer differ): "
+                            "the file was made from other data")
+
+
+def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
+    """-> the rows of the asked part, checked against the dataset: no sample may be missing, foreign or differ from it."""
+    task = metadata["dataset_key"]
+    if part == "all" and task != "toy" and not (Path(data_dir) / "dataset" / f"{task}.json").exists():
+        return rows  # nothing to check against: the rows carry their gold answers
+    samples = tasks.load(task, data_dir)
+    check_rows(path, rows, task, samples, data_dir)
+    if part == "validation":
+        wanted = set(metadata.get("validation") or [])
+    else:
+        wanted = set(range(len(samples)) if part == "all" else tasks.load_split(task, split, data_dir)[part == "test"])
+    missing = sorted(wanted - {row["sample_index"] for row in rows})
+    if missing and not allow_partial:
+        raise UserError(f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: {missing[0]}): "
+                        "complete it, choose another --part, or score what there is with --allow_partial")
+    return [row for row in rows if row["sample_index"] in wanted]
 
 
 # ---------------- Scores
@@ -394,7 +453,7 @@ def run_generate(args):
             or "" in (args.stop or []) or args.samples > 1 and not args.temperature:
         raise UserError("--batch_size, --samples and --max_new_tokens must be 1 or more, --temperature from 0 to 100, and above 0 with "
                         "--samples, --top_p above 0 and at most 1, --stop not empty")
-    rows, prompts, limits = completions.read_prompts(args.prompts, args.max_new_tokens)
+    rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
     device, dtype = find_device(args.device), {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
     if "RANK" in os.environ:  # under torchrun
         import torch
@@ -407,8 +466,8 @@ def run_generate(args):
     if gather(None)[1] == 0:
         lines = [json.dumps({**row, **({"completion_index": k} if args.samples > 1 else {}), **one}) + "\n"
                  for row, many in zip(rows, generated) for k, one in enumerate(many)]
-        files.write_whole(args.out, "".join(lines))
-        files.remove_journals(args.out)
+        storage.write_whole(args.out, "".join(lines))
+        storage.remove_journals(args.out)
         print(f"wrote {len(lines)} completions to {args.out}")
     if "RANK" in os.environ:  # leave together, and past torch's threads: at times one of them aborts a process that ends
         os._exit(bool(gather(None) and sys.stdout.flush()))
@@ -420,7 +479,7 @@ memory of the weights, or 0.6 GB; on a GPU 512, in half of its free memory); mor
 
 def parse_args(argv=None):
     """-> the flags of one of the commands; args.run is its function."""
-    from data import look
+    from extras import report as look
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="decode prompts with a local model")
@@ -443,13 +502,13 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run a command, and turn every error a user can mend into one sentence and a failing exit."""
-    files.print_anything()
+    storage.print_anything()
     try:
         (args := parse_args(argv)).run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except RuntimeError as e:
-        sys.exit(files.lost_rank(e))
+        sys.exit(storage.lost_rank(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from data.files import UserError, fingerprint, read_json, safe_key, whole_characters
+from storage import UserError, fingerprint, read_json, safe_key, whole_characters
 
 
 # ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
@@ -278,6 +278,9 @@ TEMPLATES = {  # prediction_template: {family: (prompt, label)}
                        "openai": (GPT3, " {r}\n\n-->\n\n{a} END"), "chat": ("{q}", "{r} --> {a}")},
     "ft_cot_natural": {"decoder": ("Q: {q}\n\nA: Let's think step by step.\n\n", " {r}\n\nTherefore, the answer is {a}")},
 }
+API_FAMILIES = {"gpt3": "openai", "chat": "chat"}  # label styles of students behind an API
+PROMPTED = ("zs", "zs_cot", "fs_cot")  # methods that only prompt a model
+FINE_TUNED = ("ft", "ft_cot")  # methods that fine-tune a student: on answers, on rationales and answers
 LABEL_STYLES = [name.removeprefix("ft_cot_") for name in TEMPLATES if name.startswith("ft_cot_")]  # --label_style
 for template, families in TEMPLATES.items():  # what a label has between rationale and answer announces the answer: '-->'
     PREFIXES.setdefault(template, next(iter(families.values()))[1].partition("{r}")[2].partition("{a}")[0].strip() or None)
@@ -312,7 +315,6 @@ def load(task, data_dir="data"):
     Raises UserError when the file is missing (with the command that makes it) or is not such a file."""
     row = find_task(task)
     if row.key == "toy":
-        from data.toy import toy_samples
         return toy_samples(row.n)
     path, remedy = Path(data_dir) / "dataset" / f"{row.key}.json", f"make it with `python data/prepare.py {row.key}`"
     if not path.exists():
@@ -373,3 +375,29 @@ def set_aside(train, share, seed):
         raise UserError(f"--validation {share} is a share of the training samples: 0 or more, and below 1")
     aside = random.Random(seed).sample(train, round(share * len(train)))
     return sorted({*train} - {*aside}), sorted(aside)
+
+
+# ---------------- The toy task: made on the spot
+
+NAMES = "Ann Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mia Nils Olga Paul".split()
+
+
+def toy_samples(n, people=5):
+    """Samples of equal length: `flips` and `keeps` are one word each, so the length of a question tells nothing."""
+    rng = random.Random(0)
+    samples = []
+    for i in range(n):
+        steps = [(name, rng.choice(("flips", "keeps"))) for name in rng.sample(NAMES, people)]
+        told = " ".join(f"{name} {verb} the coin." for name, verb in steps)
+        question = f"A coin is heads up. {told} Is the coin still heads up?"
+        flips = sum(verb == "flips" for _, verb in steps)
+        samples.append({"sample_index": i, "question": question, "answer": "no" if flips % 2 else "yes"})
+    return samples
+
+
+TOY_EXAMPLES = """Q: A coin is heads up. Ann flips the coin. Ben keeps the coin. Is the coin still heads up?
+A: Ann flips it: heads to tails. Ben keeps it: tails to tails. The answer is no.
+
+Q: A coin is heads up. Leo keeps the coin. Mia keeps the coin. Is the coin still heads up?
+A: Leo keeps it: heads to heads. Mia keeps it: heads to heads. The answer is yes.
+"""  # of Few-shot-CoT

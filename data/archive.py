@@ -1,4 +1,4 @@
-"""Take completion files out of a published archive (tar.gz), of which nothing is believed: not its names, its sizes, nor its files.
+"""Take completion files out of a published archive (tar.gz), of which nothing is believed: not its names, its sizes, nor its storage.
 
     python data/prepare.py --completions ARCHIVE.tar.gz [--saved saved]
 """
@@ -9,9 +9,8 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from data import files
-from data.completions import read_completions
-from data.files import UserError
+import storage
+from storage import UserError, read_completions
 
 LARGEST, IN_ALL, MOST = 512 << 20, 8 << 30, 20_000  # bytes of a file, bytes that come out of the archive, entries
 # What is taken, wherever it lies in the archive: B_<model>__C_<key>/D_<task>....json, and the names of older archives, F_<key>__D_<task>.json
@@ -39,7 +38,7 @@ def checked(member):
     if member.size > LARGEST:
         raise UserError(f"its entry {member.name[:80]!r} has {member.size:,} bytes: {LARGEST:,} at most")
     found = NAME.fullmatch(member.name)
-    return tuple(map(files.safe_key, found.groups())) if found else None
+    return tuple(map(storage.safe_key, found.groups())) if found else None
 
 
 def entries(archive):
@@ -77,7 +76,7 @@ def import_completions(archive, saved):
             continue
         part = path.with_name(f".{name}.part")
         try:
-            files.write_whole(part, content)
+            storage.write_whole(part, content)
             read_completions(part)
             os.replace(part, path)
             yield f"{path}: {len(content):,} bytes"

@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tasks  # in the project's root
-from data import files
+import storage
 
 HOST = "https://raw.githubusercontent.com/"
 TIMEOUT = 30  # seconds without a byte before a download is given up
@@ -146,7 +146,7 @@ RECIPES = {
 def inside(folder, name):
     """folder/name; UserError if name would lead out of folder (a Windows path knows both slashes and drive letters)."""
     if PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
-        raise files.UserError(f"{name!r} leads out of {folder}: mend that name in tasks.py or data/prepare.py")
+        raise storage.UserError(f"{name!r} leads out of {folder}: mend that name in tasks.py or data/prepare.py")
     return Path(folder) / name
 
 
@@ -185,11 +185,11 @@ def download(raw, path):
                     raise ConnectionError(f"{total - f.tell()} bytes are missing")
     except (OSError, http.client.HTTPException) as e:  # URLError, HTTPError and timeouts are OSErrors
         if getattr(e, "code", None) != 416:  # 416: nothing is left to send, the last run ended just before the renaming
-            raise files.UserError(f"{url} could not be downloaded to {part} ({str(e) or type(e).__name__}): run the same command again to "
+            raise storage.UserError(f"{url} could not be downloaded to {part} ({str(e) or type(e).__name__}): run the same command again to "
                                   "go on, or fetch it by other means and use --mirror") from None
     if wrong := defect(raw, part.read_bytes()):
         part.unlink()
-        raise files.UserError(f"{url} {wrong}, so it was thrown away: run the same command again, or use --mirror with a right copy")
+        raise storage.UserError(f"{url} {wrong}, so it was thrown away: run the same command again, or use --mirror with a right copy")
     os.replace(part, path)
 
 
@@ -197,13 +197,13 @@ def raw_content(raw, mirror, out):
     """-> the verified bytes of a raw file."""
     path = inside(mirror or Path(out) / "raw", raw.path)
     if mirror and not path.is_file():
-        raise files.UserError(f"{path} is missing: run without --mirror to download it, or put {HOST}{raw.path} there")
+        raise storage.UserError(f"{path} is missing: run without --mirror to download it, or put {HOST}{raw.path} there")
     if not path.exists():
         download(raw, path)
     content = path.read_bytes()
     if wrong := defect(raw, content):
         mend = f"replace it by {HOST}{raw.path}" if mirror else "delete it and run the same command again"
-        raise files.UserError(f"{path} {wrong}, so it is damaged or another version: {mend}")
+        raise storage.UserError(f"{path} {wrong}, so it is damaged or another version: {mend}")
     return content
 
 
@@ -214,9 +214,9 @@ def put(file, out, make):
         return False
     content = make()
     if wrong := defect(file, content):
-        raise files.UserError(f"{path} was not written because its content {wrong}: undo the change to its converter in data/prepare.py, "
+        raise storage.UserError(f"{path} was not written because its content {wrong}: undo the change to its converter in data/prepare.py, "
                               "or mend the sum in its row there")
-    files.write_whole(path, content)
+    storage.write_whole(path, content)
     return True
 
 
@@ -228,7 +228,7 @@ def build(key, recipe, mirror, out):
         try:
             samples += [recipe.convert(row) for row in recipe.read(content.decode())]
         except (ValueError, LookupError, TypeError, AttributeError) as e:  # only where no sum of the raw file is known
-            raise files.UserError(f"{raw.path} is not in the original's format ({type(e).__name__}: {e}): "
+            raise storage.UserError(f"{raw.path} is not in the original's format ({type(e).__name__}: {e}): "
                                   f"replace it by {HOST}{raw.path}") from None
     data = [{"sample_index": i, **dict(zip(("question", "answer", "rationale"), sample))} for i, sample in enumerate(samples)]
     return json.dumps({"metadata": {"dataset_key": key}, "data": data}, indent=4, ensure_ascii=True).encode()
@@ -238,7 +238,7 @@ def put_split(key, n, out):
     """Write the default split of n samples.  -> (whether it was written, 'train 7 / test 3')"""
     train, test = tasks.default_split(key, n)
     if not train or not test or max(train + test) >= n:
-        raise files.UserError(f"dataset/{key}.json has {n} samples, too few for the split of its row in tasks.py: change either")
+        raise storage.UserError(f"dataset/{key}.json has {n} samples, too few for the split of its row in tasks.py: change either")
     content = json.dumps({"train": train, "test": test}).encode()
     file = File(f"split/{key}__default.json", hashlib.sha256(content).hexdigest())
     return put(file, out, lambda: content), f"train {len(train)} / test {len(test)}"
@@ -248,7 +248,7 @@ def count_samples(key, out):
     """-> the number of samples in the dataset that a user added.  Raises UserError if it is not in the form FORM."""
     path = inside(out, f"dataset/{key}.json")
     if not path.is_file():
-        raise files.UserError(f"{path} is missing and no source of {key} is known: put it there as {FORM} and run this again")
+        raise storage.UserError(f"{path} is missing and no source of {key} is known: put it there as {FORM} and run this again")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if content["metadata"]["dataset_key"] != key:
@@ -259,7 +259,7 @@ def count_samples(key, out):
             tasks.judge(key, None, "", sample["answer"], "flexible")  # raises UserError where its kind cannot read the gold answer
         return len(content["data"])
     except (ValueError, LookupError, TypeError) as e:
-        raise files.UserError(f"{path} is not in the form {FORM} ({type(e).__name__}: {e}): mend it and run this again") from None
+        raise storage.UserError(f"{path} is not in the form {FORM} ({type(e).__name__}: {e}): mend it and run this again") from None
 
 
 def prepare(key, mirror, out):
@@ -285,7 +285,7 @@ def main(argv=None):
     parser.add_argument("--completions", metavar="ARCHIVE", help="import the completion files of a tar.gz instead")
     parser.add_argument("--saved", default=Path(__file__).resolve().parent.parent / "saved", help="with --completions (default: saved/)")
     args = parser.parse_args(argv)
-    files.print_anything()
+    storage.print_anything()
     if args.mirror and not args.mirror.is_dir():
         parser.error(f"there is no folder {args.mirror}: give --mirror the folder that holds <owner>/<repo>/<commit>/<path>")
     try:
@@ -301,14 +301,14 @@ def run(args):
         try:
             for line in archive.import_completions(args.completions, args.saved):
                 print(line, flush=True)
-        except (files.UserError, OSError) as e:
+        except (storage.UserError, OSError) as e:
             sys.exit(f"error: {e}")
         return 0
     failures = []
     for key in dict.fromkeys(args.task or [key for key in tasks.TASKS if key in RECIPES]):
         try:
             print(prepare(key, args.mirror, args.out), flush=True)
-        except files.UserError as e:
+        except storage.UserError as e:
             failures.append(str(e))
         except OSError as e:
             failures.append(f"{e.filename or args.out} cannot be read or written ({e.strerror or e}): mend that and run this again")

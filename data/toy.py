@@ -7,23 +7,10 @@ import random
 import re
 
 import tasks
-from data.files import writing
+from storage import writing
+from tasks import NAMES
 
 SIDES = {True: "heads", False: "tails"}
-NAMES = "Ann Ben Cleo Dan Eve Finn Gina Hugo Iris Jack Kate Leo Mia Nils Olga Paul".split()
-
-
-def toy_samples(n, people=5):
-    """Samples of equal length: `flips` and `keeps` are one word each, so the length of a question tells nothing."""
-    rng = random.Random(0)
-    samples = []
-    for i in range(n):
-        steps = [(name, rng.choice(("flips", "keeps"))) for name in rng.sample(NAMES, people)]
-        told = " ".join(f"{name} {verb} the coin." for name, verb in steps)
-        question = f"A coin is heads up. {told} Is the coin still heads up?"
-        flips = sum(verb == "flips" for _, verb in steps)
-        samples.append({"sample_index": i, "question": question, "answer": "no" if flips % 2 else "yes"})
-    return samples
 
 
 TOY_PHRASES = [  # (start, one step, end): the teacher's several ways to say the same
@@ -33,14 +20,6 @@ TOY_PHRASES = [  # (start, one step, end): the teacher's several ways to say the
 ]
 TOY_VOCABULARY = [*NAMES, *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHRASES for part in phrases),
                   "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->"]
-
-
-TOY_EXAMPLES = """Q: A coin is heads up. Ann flips the coin. Ben keeps the coin. Is the coin still heads up?
-A: Ann flips it: heads to tails. Ben keeps it: tails to tails. The answer is no.
-
-Q: A coin is heads up. Leo keeps the coin. Mia keeps the coin. Is the coin still heads up?
-A: Leo keeps it: heads to heads. Mia keeps it: heads to heads. The answer is yes.
-"""  # of Few-shot-CoT
 
 
 def toy_rationale(question, rng, phrases):

@@ -109,7 +109,7 @@ def ask(server, tmp_path, capsys, monkeypatch):
     """-> function: flags -> (exit message or None, what was printed), of `--stage sample` on 20 toy questions, with short waits."""
     import finetune_cot
     import tasks
-    from data import api
+    import teacher as api
     monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=20, train=14, test=6))
     monkeypatch.setattr(api, "BACKOFF", 0.01)
     monkeypatch.setattr(api, "LONGEST_BACKOFF", 0.03)

@@ -7,7 +7,8 @@ import pytest
 
 import evaluate
 from api_server import Reply, batch_line
-from data import batch, files
+from extras import batch_api as batch
+import storage as files
 
 
 @pytest.fixture

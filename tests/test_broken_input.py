@@ -13,9 +13,12 @@ import pytest
 import evaluate
 import finetune_cot
 import tasks
-from data import completions, files, look, teacher
-from data.api import check_journal
-from data.files import UserError
+import evaluate as completions
+import storage as files
+from extras import report as look
+import teacher
+from teacher import check_journal
+from storage import UserError
 
 LONGEST = 2.0  # seconds of work that a case may take
 

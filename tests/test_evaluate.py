@@ -13,9 +13,12 @@ import torch
 
 import evaluate
 import tasks
-from data import completions, files, look, toy
+import evaluate as completions
+import storage as files
+from extras import report as look
+from data import toy
 from conftest import KINDS, ROOT, run, tiny_model, tiny_tokenizer
-from data.files import UserError
+from storage import UserError
 
 PUBLISHED = {"multiarith": 78.79, "coin_flip": 90.04, "date_understanding": 67.58, "strategy_qa": 53.45, "svamp": 64.20}
 PROMPTS = ["a", "count to ten ###", "Q: What is 3 + 4?\n\nA:", "x" * 60, "How many?", "b c d e f g", "0 1 2 3 4 5 6 7 8 9 10 11 12 13"]
@@ -62,7 +65,7 @@ def test_each_row_stops_at_its_own_limit_whatever_its_neighbours_do(kind, model_
 @pytest.mark.parametrize("kind", [*KINDS[:3], "bart"])
 def test_waiting_prompts_take_the_places_of_ended_ones_and_no_text_changes(kind, model_folder, monkeypatch):
     import transformers
-    from data import decoding
+    from extras import cpu_decoding as decoding
     if kind == "bart":  # its decoder counts positions from the first column, so its rows must wait until all have ended
         torch.manual_seed(0)
         sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -81,7 +84,7 @@ def test_waiting_prompts_take_the_places_of_ended_ones_and_no_text_changes(kind,
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
 def test_attention_goes_over_no_more_pages_than_the_tokens_of_each_row_fill(kind, model_folder, monkeypatch):
-    from data import decoding
+    from extras import cpu_decoding as decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
     limits, seen, attend, another = [3, 40, 7, 1, 30, 12, 5] * 3, [], decoding.PagedLayer.attend, decoding.Pages.another
     def count(pages):
@@ -106,7 +109,7 @@ def test_attention_goes_over_no_more_pages_than_the_tokens_of_each_row_fill(kind
 
 def test_attention_over_pages_is_attention_over_the_tokens_of_a_row():
     """Rows of all lengths, more queries than keys, a bias, values far apart; rows enter, grow and leave."""
-    from data import decoding
+    from extras import cpu_decoding as decoding
     torch.manual_seed(0)
     lengths, heads, width = [1, 16, 17, 50], 2, 8
     keys, values = [[torch.randn(heads, length, width) * scale for length in lengths] for scale in (9, 1)]
@@ -148,7 +151,7 @@ def test_attention_over_pages_is_attention_over_the_tokens_of_a_row():
 def test_a_model_that_changes_keys_after_the_cache_keeps_hugging_face_s_cache(model_folder, monkeypatch):
     """Its attention is not given what the cache holds, so pages could not stand for it."""
     import transformers
-    from data import decoding
+    from extras import cpu_decoding as decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder("llama")))
     expected, paged, can_be_paged = evaluate.generate(model, tokenizer, family, PROMPTS, 12), [], decoding.can_be_paged
     update = transformers.cache_utils.DynamicLayer.update
@@ -166,7 +169,7 @@ def test_of_shorter_prompts_more_rows_are_decoded_side_by_side_in_as_many_tokens
 
 
 def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(model_folder):
-    from data import decoding
+    from extras import cpu_decoding as decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
     rows = [{"ids": [5] * n, "limit": 100, "room": 64} for n in (50, 40, 30)]
     with decoding.paged_attention(model), torch.inference_mode():
@@ -178,7 +181,7 @@ def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(mo
 
 
 def test_pages_of_a_weight_file_are_forgotten_only_while_nothing_is_written_there(model_folder):
-    from data import kernels
+    from extras import cpu_training as kernels
     if not kernels.glibc():
         pytest.skip("no glibc: nothing is forgotten here")
     model, *_ = evaluate.load_model(str(model_folder("gpt2")))
@@ -208,7 +211,7 @@ with_8_bits = pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vn
 
 @with_8_bits
 def test_the_likeliest_word_is_exact_where_8_bits_cannot_tell_words_apart():
-    from data.decoding import Likeliest
+    from extras.cpu_decoding import Likeliest
     torch.manual_seed(0)
     for words, width, rows in ((2, 1, 3), (1000, 64, 8), (3001, 200, 5), (1057, 33, 1)):
         for common, outlier in ((0, 1), (30, 1), (0, 100)):
@@ -226,7 +229,7 @@ def test_the_likeliest_word_is_exact_where_8_bits_cannot_tell_words_apart():
 
 @with_8_bits
 def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_noticed():
-    from data.decoding import Likeliest
+    from extras.cpu_decoding import Likeliest
     head, hidden = torch.nn.Linear(8, 100, bias=False), torch.ones(3, 8)
     with torch.no_grad():
         head.weight.fill_(0.5)  # all words are in doubt
@@ -242,7 +245,7 @@ def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_
 @with_8_bits
 def test_a_head_is_left_alone_where_its_logits_are_changed_afterwards_or_drawn_from(model_folder, monkeypatch):
     import transformers
-    from data import decoding
+    from extras import cpu_decoding as decoding
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
     model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
     torch.manual_seed(0)
@@ -259,7 +262,7 @@ def test_a_head_is_left_alone_where_its_logits_are_changed_afterwards_or_drawn_f
 @with_8_bits
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_texts_are_the_same_with_the_whole_head_in_fp32(kind, model_folder, monkeypatch):
-    from data import decoding
+    from extras import cpu_decoding as decoding
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
     rough = evaluate.generate(model, tokenizer, family, PROMPTS, 40)
@@ -488,7 +491,7 @@ def test_a_folder_that_is_not_a_model_or_has_no_tokenizer_is_refused(tmp_path):
 
 def completion_file(path, n=2000, correct=lambda i: True, **metadata):
     """A completion file on the toy task, where correct(i) says which are right."""
-    samples = toy.toy_samples(n)
+    samples = tasks.toy_samples(n)
     data = {str(s["sample_index"]): [{**{k: s[k] for k in ("sample_index", "question", "answer")}, "completion_index": 0, "finish_reason": "stop",
                                       "completion": s["answer"] if correct(s["sample_index"]) else "?"}] for s in reversed(samples)}
     files.write_json(path, {"metadata": {"dataset_key": "toy", "base_model": "m", "completion_key": "zs", "prediction_template": "zs", **metadata}, "data": data})
@@ -587,7 +590,7 @@ def test_show_and_diff_print_what_there_is_to_look_at(tmp_path, capsys):
     evaluate.main(["show", str(a), "--limit", "2"])
     text = capsys.readouterr().out
     assert "6 of 12 are right; the first 2:" in text and "6 of 12 are unreadable" in text and "0 of 12 are wrong" in text
-    sample = toy.toy_samples(2)[1]
+    sample = tasks.toy_samples(2)[1]
     assert f"right (sample 1, completion 0)\n  question:   {sample['question']}" in text and "paper:      None is wrong, of []" in text
     evaluate.main(["diff", str(a), str(b)])
     text = capsys.readouterr().out

@@ -13,7 +13,8 @@ import pytest
 import evaluate
 import finetune_cot
 import tasks
-from data import files, toy
+import storage as files
+from data import toy
 from conftest import ROOT, run, tiny_model
 
 
@@ -86,7 +87,7 @@ def test_changed_settings_make_a_stage_again_and_are_named(small_toy, tmp_path, 
 
 def test_changed_toy_data_is_not_mixed_with_old_completions(small_toy, tmp_path, capsys, monkeypatch):
     method(capsys, "--saved", tmp_path, "--stage", "sample")
-    monkeypatch.setattr(toy, "NAMES", toy.NAMES[::-1])
+    monkeypatch.setattr(tasks, "NAMES", tasks.NAMES[::-1])
     _, out = method(capsys, "--saved", tmp_path, "--stage", "sample")
     assert "settings changed (samples" in out
 

@@ -22,8 +22,13 @@ import tasks
 import train_loop
 from api_server import batch_line
 from conftest import KEY, ROOT, run, tiny_model, tiny_tokenizer
-from data import archive, batch, files, prepare, teacher, toy
-from data.files import UserError
+from data import archive
+from extras import batch_api as batch
+import storage as files
+from data import prepare
+import teacher
+from data import toy
+from storage import UserError
 from test_finetune_cot import SMALL, contents, method, small_toy  # noqa: F401 (a fixture)
 from test_train_loop import ONE_RANK, arguments, toy_data, train_all
 
@@ -235,7 +240,7 @@ def test_a_pipeline_that_is_killed_twice_ends_as_if_left_alone(tmp_path, monkeyp
 
 # ---------------------------------------------------------------- two at once
 
-HOLDER = "import sys, time\nfrom data import files\nwith files.held(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+HOLDER = "import sys, time\nimport storage as files\nwith files.held(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 
 
 def test_a_second_run_on_the_same_output_is_refused_and_a_killed_first_one_leaves_no_lock(small_toy, tmp_path, capsys, monkeypatch):
@@ -369,7 +374,7 @@ def test_the_api_key_is_in_no_file_no_output_and_no_traceback_of_the_whole_progr
 
 # ---------------------------------------------------------------- archives
 
-TOY = json.dumps({"metadata": {"dataset_key": "toy"}, "data": {str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}] for s in toy.toy_samples(3)}})
+TOY = json.dumps({"metadata": {"dataset_key": "toy"}, "data": {str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}] for s in tasks.toy_samples(3)}})
 GOOD = "saved/completion_data/B_m__C_zs_cot/D_toy.json"
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from conftest import tiny_model, tiny_tokenizer
-from data import kernels
+from extras import cpu_training as kernels
 from test_train_loop import plain_loss_and_gradients, samples_for, step_loss_and_gradients
 
 

@@ -10,9 +10,14 @@ import pytest
 
 import evaluate
 import finetune_cot
+import flags as flags_module
 import tasks
-from data import files, filters, look, plot, toy
-from data.files import UserError
+import storage as files
+from extras import filters
+from extras import report as look
+from extras import plot
+from data import toy
+from storage import UserError
 from conftest import ROOT
 
 PUBLISHED = {"multiarith": 78.79, "coin_flip": 90.04, "date_understanding": 67.58, "strategy_qa": 53.45, "svamp": 64.20}
@@ -27,7 +32,7 @@ def small_toy(monkeypatch):
 def answers_file(saved, right, name="D_toy__T_ft_cot__E_001", model="m", many=1, **metadata):
     """A student's completion file on the small toy: right(question, k) says which of `many` answers are right; None: unreadable."""
     _, test = tasks.load_split("toy")
-    samples, data = toy.toy_samples(33), {}
+    samples, data = tasks.toy_samples(33), {}
     for place, i in enumerate(test):
         wrong = "no" if samples[i]["answer"] == "yes" else "yes"
         data[str(i)] = [{**{k: samples[i][k] for k in ("sample_index", "question", "answer")}, "completion_index": k, "finish_reason": "stop",
@@ -138,7 +143,7 @@ def test_rows_are_in_the_order_of_methods_and_numbers_and_teachers_come_first(sm
     answers_file(tmp_path, lambda place, k: True, "D_toy__S_default", completion_key="zs", train_key=None, epoch=None)
     path = answers_file(tmp_path, lambda place, k: True, "D_toy", "z", completion_key="zs_cot", train_key=None, epoch=None, part=None)
     content = files.read_json(path)  # a teacher has answered all questions
-    content["data"] = {str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}] for s in toy.toy_samples(33)}
+    content["data"] = {str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}] for s in tasks.toy_samples(33)}
     files.write_json(path, content)
     lines = look.table_lines(look.collect(look.saved_files(tmp_path), tmp_path)[0], {})
     assert [line[1] for line in lines[2::2]] == ["zs_cot, all questions", "zs", "ft_cot_2aug, last epoch", "ft_cot_16aug, last epoch"]
@@ -259,11 +264,11 @@ def test_unfiltered_rationales_keep_their_teacher_s_answer(capsys):
 
 
 def test_filters_stand_in_names_and_settings_and_the_default_changes_neither():
-    assert files.train_key(flags(), "ft_cot") == "ft_cot_2aug" and files.curation_options(flags()) == {}
+    assert flags_module.train_key(flags(), "ft_cot") == "ft_cot_2aug" and flags_module.curation_options(flags()) == {}
     args = flags("--filter", "all", "--max_per_question", 3, "--drop_unfinished", "--lr", 0.01, "--seed", 4)
-    assert files.train_key(args, "ft_cot") == "ft_cot_2aug_all_3each_finished_lr0.01_s4" and files.train_key(args, "ft") == "ft_lr0.01_s4"
-    assert files.finetune_key(args, "ft_cot") == "zs_cot_t70_toy_2aug_all_3each_finished"
-    assert files.curation_options(args) == {"filter": "all", "max_per_question": 3, "drop_unfinished": True}
+    assert flags_module.train_key(args, "ft_cot") == "ft_cot_2aug_all_3each_finished_lr0.01_s4" and flags_module.train_key(args, "ft") == "ft_lr0.01_s4"
+    assert flags_module.finetune_key(args, "ft_cot") == "zs_cot_t70_toy_2aug_all_3each_finished"
+    assert flags_module.curation_options(args) == {"filter": "all", "max_per_question": 3, "drop_unfinished": True}
 
 
 def test_curation_shows_samples_to_be_read(small_toy, tmp_path, capsys):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import prepare  # noqa: E402
 import tasks  # noqa: E402
-from data import files  # noqa: E402
+import storage as files# noqa: E402
 
 SHARED = os.environ.get("FINETUNE_COT_SHARED")
 needs_mirror = pytest.mark.skipif(not SHARED, reason="FINETUNE_COT_SHARED is not set: no raw benchmark files to build from")

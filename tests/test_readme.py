@@ -75,7 +75,7 @@ def test_the_readme_s_task_recipe_is_one_row_that_works(monkeypatch):
 
 @pytest.mark.parametrize("page", ["README.md", "saved/README.md", "data/README.md"])
 def test_the_files_a_page_names_exist_or_are_made_by_a_run(page):
-    for name in re.findall(r"\b(?:data/|tests/|saved/)?[a-z_]+\.(?:py|csv|txt|md)\b", (ROOT / page).read_text()):
+    for name in re.findall(r"\b(?:data/|tests/|saved/|extras/)?[a-z_]+\.(?:py|csv|txt|md)\b", (ROOT / page).read_text()):
         assert (ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists(), name
 
 

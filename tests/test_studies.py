@@ -7,9 +7,13 @@ import pytest
 
 import evaluate
 import finetune_cot
+import flags as flags_module
 import tasks
-from data import files, look, plot, studies
-from data.files import UserError
+import storage as files
+from extras import report as look
+from extras import plot
+from extras import studies
+from storage import UserError
 from conftest import ROOT, run
 
 
@@ -29,7 +33,7 @@ def test_flags_with_several_values_make_every_combination_once():
     cells = grid("--task", "coin_flip", "svamp", "--method", "ft_cot", "--degree", 1, 8, "--temperature", 0.7, "--seeds", 0, 1)
     assert {(c.task, c.degree, c.seed) for c in cells} == {(t, d, s) for t in ("coin_flip", "svamp") for d in (1, 8) for s in (0, 1)}
     assert len(cells) == 8 and {c.sample_degree for c in cells} == {8}
-    assert len({files.train_key(c, "ft_cot") for c in cells}) == 4 and files.train_key(cells[0], "ft_cot") == "ft_cot_t70"
+    assert len({flags_module.train_key(c, "ft_cot") for c in cells}) == 4 and flags_module.train_key(cells[0], "ft_cot") == "ft_cot_t70"
 
 
 def test_a_single_cell_is_the_run_of_old():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import tasks
-from data import files, toy
+import storage as files
+from data import toy
 from conftest import ROOT
-from data.files import UserError
+from storage import UserError
 
 SIZES = {"single_eq": (356, 152), "addsub": (276, 119), "multiarith": (420, 180), "gsm8k": (7473, 1319), "aqua": (10000, 254), "svamp": (700, 300),
          "tracking_shuffled_objects": (525, 225), "date_understanding": (258, 111), "coin_flip": (350, 150), "last_letter_concatenation": (350, 150),
@@ -174,19 +175,19 @@ def test_labels_hold_the_prefix_that_scoring_looks_for(template, prefix):
 # ---------------------------------------------------------------- the toy task and its teacher
 
 def test_a_toy_question_does_not_give_its_answer_away_by_length():
-    samples = toy.toy_samples(400)
+    samples = tasks.toy_samples(400)
     lengths = {answer: {len(s["question"].split()) for s in samples if s["answer"] == answer} for answer in ("yes", "no")}
     assert lengths["yes"] == lengths["no"] and len(lengths["yes"]) == 1
     assert 0.4 < sum(s["answer"] == "yes" for s in samples) / 400 < 0.6
 
 
 def test_the_toy_teacher_is_wrong_once_in_five_varies_with_temperature_and_repeats_itself_with_its_seed():
-    prompts = [tasks.format_sample("zs_cot", "decoder", s["question"])[0] for s in toy.toy_samples(500)]
+    prompts = [tasks.format_sample("zs_cot", "decoder", s["question"])[0] for s in tasks.toy_samples(500)]
     sampled = toy.toy_teacher(prompts, n=2, temperature=0.7, seed=1)
     assert sampled == toy.toy_teacher(prompts, n=2, temperature=0.7, seed=1) != toy.toy_teacher(prompts, n=2, temperature=0.7, seed=2)
     assert sum(a != b for a, b in sampled) > 300
     answers = toy.toy_teacher([p + rows[0]["completion"] + tasks.COT_ANSWER for p, rows in zip(prompts, sampled)])
-    right = sum(s["answer"] in a[0]["completion"] for s, a in zip(toy.toy_samples(500), answers))
+    right = sum(s["answer"] in a[0]["completion"] for s, a in zip(tasks.toy_samples(500), answers))
     assert 0.74 < right / 500 < 0.86
     greedy = toy.toy_teacher(prompts, n=2)
     assert all(a == b for a, b in greedy)
@@ -286,7 +287,7 @@ def test_a_journal_keeps_every_row_once_drops_a_torn_line_and_refuses_a_second_w
 
 
 def test_a_full_disk_leaves_a_journal_without_a_half_line(tmp_path):
-    code = ("import resource, signal, sys\nfrom data import files\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code = ("import resource, signal, sys\nimport storage as files\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\njournal = files.Journal(sys.argv[1])\n"
             "for i in range(99): journal.append([{'key': i}])\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "j.jsonl")], cwd=ROOT, capture_output=True, text=True)

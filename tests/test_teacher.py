@@ -18,7 +18,8 @@ import finetune_cot
 import tasks
 from api_server import Reply, completion
 from conftest import KEY, ROOT
-from data import api, files
+import teacher as api
+import storage as files
 
 def rows(file):
     return evaluate.read_completions(file)[1]
@@ -487,15 +488,15 @@ def test_the_key_is_asked_for_nowhere_but_in_the_environment():
 def flags_of():
     import argparse
     parser = argparse.ArgumentParser()
-    from data import teacher
-    teacher.add_flags(parser)
+    import flags
+    flags.add_teacher_flags(parser)
     return parser._actions
 
 
 @pytest.mark.parametrize("url, warns", [("http://127.0.0.1:9/v1", False), ("http://localhost:9/v1", False), ("https://example.org/v1", False), ("http://example.org/v1", True)])
 def test_plain_http_to_another_machine_warns(url, warns, capsys):
-    from data import teacher
-    teacher.check(finetune_cot.parse_args(["--base_url", url])[0])
+    import flags
+    flags.check_teacher(finetune_cot.parse_args(["--base_url", url])[0])
     assert ("unencrypted" in capsys.readouterr().err) == warns
 
 

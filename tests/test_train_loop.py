@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train_loop
 from conftest import KINDS, ROOT, tiny_model, tiny_tokenizer
-from data.files import UserError
+from storage import UserError
 
 ONE_RANK = train_loop.Ranks(0, 1, torch.device("cpu"))
 
@@ -483,7 +483,7 @@ def test_the_last_k_checkpoints_are_kept_and_a_full_disk_leaves_the_one_before(t
 
 
 def test_an_unfinished_run_is_not_resumed_with_other_settings_and_its_flags_are_named(tmp_path, capsys):
-    from data import files
+    import storage as files
     assert files.claim_student_folder(tmp_path / "out", {"lr": 1, "seed": 0}) == "new"
     (tmp_path / "out" / "checkpoint_00000003.pt").write_bytes(b"x")
     assert files.claim_student_folder(tmp_path / "out", {"lr": 1, "seed": 0}) == "unfinished"

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from data import kernels
+from extras import cpu_training as kernels
 
 # ---------------- The cache: pages of a few tokens
 

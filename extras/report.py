@@ -1,9 +1,8 @@
 """What runs left in saved/, to look at: tables beside the paper's values, majority votes, paired comparisons, single completions.
 
-    python evaluate.py score FILE ... | table [--format markdown] | show FILE | diff FILE FILE        (figures: data/plot.py)
+    python evaluate.py score FILE ... | table [--format markdown] | show FILE | diff FILE FILE        (figures: extras/plot.py)
 """
 import csv
-import functools
 import json
 import math
 import re
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from data import files
-from data.files import UserError
+import storage
+from storage import UserError
 
 
 def print_scores(scores):
@@ -39,7 +38,7 @@ def score_with_votes(path, **what):
 def score(args):
     """One line, or one JSON object, for each completion file."""
     what = {"part": args.part, "split": args.split, "data_dir": args.data, "rules": args.rules, "allow_partial": args.allow_partial}
-    scores = files.over_cores(functools.partial(score_with_votes, **what), args.files)
+    scores = [score_with_votes(path, **what) for path in args.files]
     if not args.json:
         return print_scores(scores)
     for s in scores:
@@ -133,7 +132,7 @@ def diff(args):
 
 def read_paper_results():
     """-> {(model, method, task): the accuracy that the paper prints}"""
-    with open(Path(__file__).parent / "paper_results.csv", newline="") as f:
+    with open(Path(__file__).parent.parent / "data" / "paper_results.csv", newline="") as f:
         return {(r["model"], r["method"], r["dataset"]): float(r["accuracy"]) for r in reversed(list(csv.DictReader(f)))
                 if r["kind"] == "printed" and not r["train_size"]}
 
@@ -354,7 +353,7 @@ def report(results, student, seed, saved):
 
 def add_commands(commands):
     """Add score, table, plot, show and diff to the command line of evaluate.py."""
-    from data import plot
+    from extras import plot
     s = commands.add_parser("score", help="score completion files")
     s.add_argument("files", nargs="+", help="completion files")
     s.add_argument("--part", choices=["train", "validation", "test", "all"], default="test",

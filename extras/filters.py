@@ -7,10 +7,8 @@ import random
 from collections import Counter, defaultdict
 
 import tasks
-from data import files
-from data.files import CURATION, UserError
-
-FILTERS = ("right", "all", "random", "wrong")
+import storage
+from storage import UserError
 
 
 def rationale_of(row):
@@ -18,32 +16,6 @@ def rationale_of(row):
     if "reasoning_completion" in row:
         return row["reasoning_completion"] or ""
     return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
-
-
-def add_flags(group):
-    """The flags of files.CURATION, with the defaults that stand there."""
-    def add(flag, **settings):
-        group.add_argument(f"--{flag}", default=CURATION[flag][0], **settings)
-    add("filter", nargs="+", choices=FILTERS, help="rationales to learn from: right (default, the paper's); for studies: all; random, as "
-        "many as are right, of all; wrong.  A wrong one keeps the answer that its teacher gave")
-    add("max_rationale_words", nargs="+", type=int, help="drop longer rationales (default 0: none)")
-    add("drop_unfinished", action="store_true", help="drop rationales that the teacher's token limit cut off")
-    add("drop_duplicates", action="store_true", help="of the same rationale for the same question keep the first")
-    add("max_similarity", type=float, help="drop a rationale that shares more than this of its word triples with an earlier one of its "
-        "question (default 1: none; try 0.8)")
-    add("max_per_question", type=int, help="keep the first so many rationales of a question (default 0: all)")
-    group.add_argument("--show", type=int, default=0, help="with --stage curate: print so many of the samples, to be read")
-
-
-def check(args):
-    """Refuse flags that cannot work.  Raises UserError."""
-    for flag in ("max_rationale_words", "max_per_question", "show"):
-        if getattr(args, flag) < 0:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be 0 or more")
-    if not 0 <= args.max_similarity <= 1:
-        raise UserError(f"--max_similarity {args.max_similarity} must be from 0 to 1")
-    if args.show and args.stage != "curate":
-        raise UserError("--show goes with --stage curate")
 
 
 # ---------------- Which rationales: the right ones, or, for studies, others
@@ -121,9 +93,9 @@ def leave_out(args, rows):
 def show(path, count):
     """Print `count` samples of a fine-tuning file, evenly spaced, as the student reads them."""
     if path.suffix == ".jsonl":
-        samples = [json.dumps(row, indent=2) for row in files.read_jsonl(path)]
+        samples = [json.dumps(row, indent=2) for row in storage.read_jsonl(path)]
     else:
-        data = files.read_finetune_data(path)
+        data = storage.read_finetune_data(path)
         samples = [f"sample {i}\n  input: {text!r}\n  label: {label!r}" for i, text, label in zip(*data.values())]
     count = min(count, len(samples))
     for i in range(count):

@@ -1,6 +1,6 @@
 """The slow lanes of the OpenAI API: batches (half the price, within a day) and fine-tuning jobs.
 
-Batches work on the journal of data/teacher.py: submit what it lacks, fetch what is ready, submit what is missing then (step 2 of
+Batches work on the journal of teacher.py: submit what it lacks, fetch what is ready, submit what is missing then (step 2 of
 zs_cot, and what failed or expired).  Everything that could be paid for twice is written down before it is asked for, in
 D_<task>.batches.jsonl:  run (a name for this file's batches), intent N (the requests of shard N), batch N (its id),
 void N (it was refused or never came to be), fetched N (its results are in the journal).
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import evaluate
 import tasks
-from data import files
-from data.api import BadReply, Failed, Run, Stopped, attempt, dollars, fail, most_tokens, read_reply, words
-from data.teacher import (API_FAMILIES, ENDPOINTS, Plan, all_units, default_rules, fill, make_rows, next_requests, publish, summarise,
-                          with_settings)
-from data.files import UserError
+import flags
+import storage
+from storage import UserError
+from tasks import API_FAMILIES
+from teacher import (ENDPOINTS, BadReply, Failed, Plan, Run, Stopped, all_units, attempt, default_rules, dollars, fail, fill, make_rows,
+                     most_tokens, next_requests, publish, read_reply, summarise, with_settings, words)
 
 SHARD_REQUESTS, SHARD_BYTES = 50_000, 190_000_000   # of one batch (the API's limits: 50,000 and 200 MB)
 FINAL = ("completed", "failed", "expired", "cancelled")
@@ -45,7 +46,7 @@ def step(args, plan, path, metadata, samples):
 async def take_step(args, plan, path, samples):
     """-> (the finished Run, what went wrong: one sentence each)."""
     async with Run(args, plan, path) as run:
-        notes = files.Journal(path.with_suffix(".batches.jsonl"))
+        notes = storage.Journal(path.with_suffix(".batches.jsonl"))
         problems = []
         try:
             notes.append([{"key": "run", "id": uuid.uuid4().hex}])  # the first one stays
@@ -227,10 +228,10 @@ def fine_tune(args, data_file, note_path):
     """Have a student fine-tuned on data_file; -> its name.  What exists already (file, job) is taken up again, not made again.
 
     Raises UserError where the job fails."""
-    made_from = {"base_model": args.student, "sha256": files.file_sha256(data_file)}
-    note = files.read_json(note_path) if note_path.exists() else {}
+    made_from = {"base_model": args.student, "sha256": storage.file_sha256(data_file)}
+    note = storage.read_json(note_path) if note_path.exists() else {}
     if note and any(note.get(k) != v for k, v in made_from.items()):
-        files.keep_aside(note_path)
+        storage.keep_aside(note_path)
         note = {}
     note = note or made_from
     if not note.get("model"):
@@ -244,7 +245,7 @@ async def run_job(args, content, note_path, note):
     async with Run(args, None, note_path) as run:
         def keep(**news):
             note.update(news)
-            files.write_json(note_path, note)
+            storage.write_json(note_path, note)
         try:
             if "file" not in note:
                 keep(file=await upload(run, note_path.stem, content, "fine-tune"))
@@ -278,18 +279,18 @@ async def find_or_create_job(run, model, file_id):
 def student(args, method):
     """-> of a student behind an API: the file its job's ids are kept in, its completion file, and what that says it is."""
     tuned = method.startswith("ft")
-    key, run_key = (files.finetune_key(args, method), files.train_key(args, method)) if tuned else (None, None)
-    who = {"base_model": files.base_model(args.student), "completion_key": method, "finetune_key": key, "train_key": run_key}
+    key, run_key = (flags.finetune_key(args, method), flags.train_key(args, method)) if tuned else (None, None)
+    who = {"base_model": storage.base_model(args.student), "completion_key": method, "finetune_key": key, "train_key": run_key}
     note = Path(args.saved) / "model_metadata" / f"B_{who['base_model']}" / f"F_{key}__T_{run_key}.json"
-    parts = [f"T_{run_key}" if tuned else f"S_{args.split}", *files.samples_suffix(args)]
-    return note, files.completion_path(args.saved, who["base_model"], method, args.task, *parts), who
+    parts = [f"T_{run_key}" if tuned else f"S_{args.split}", *flags.samples_suffix(args)]
+    return note, storage.completion_path(args.saved, who["base_model"], method, args.task, *parts), who
 
 
 def test(args, template, note_path, path, who):
     """Write the completion file of a student behind an API, on the test questions; -> its score."""
     model = args.student
     if template.startswith("ft"):
-        model = files.read_json(note_path).get("model") if note_path.exists() else None
+        model = storage.read_json(note_path).get("model") if note_path.exists() else None
         if not model:
             raise UserError(f"there is no finished fine-tuning job in {note_path}: run --stage train")
     family = API_FAMILIES[args.label_style]

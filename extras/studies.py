@@ -3,8 +3,8 @@
     python finetune_cot.py --study degree --student gpt2                              # a row of STUDIES
     python finetune_cot.py --task coin_flip svamp --degree 1 8 --temperature 0.7 --seeds 0 1 2      # a grid of one's own
 
-Cells run one after another, each resumable as ever; at the end stands one table (data/look.py), and figures are
-`python evaluate.py plot` (data/plot.py).
+Cells run one after another, each resumable as ever; at the end stands one table (extras/report.py), and figures are
+`python evaluate.py plot` (extras/plot.py).
 """
 import argparse
 import itertools
@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 import tasks
-from data import look
-from data.files import Interrupted, UserError
+from extras import report as look
+from storage import Interrupted, UserError
 
 USAGE = "%(prog)s [--study NAME] [--task NAME ...] [--teacher NAME] [--student NAME] [more flags: --help tells them]"
 GRID = ("task", "teacher", "student", "split", "teacher_method", "filter", "max_rationale_words", "degree", "lr", "batch_size", "seed")

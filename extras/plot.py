@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import tasks
-from data import look
-from data.files import UserError, write_whole
+from extras import report as look
+from storage import UserError, write_whole
 
 KINDS = {  # figure: (what of a run stands on the x axis, its title, whether its scale is logarithmic)
     "degree": ("degree", "D, rationales a question", True),
@@ -69,7 +69,7 @@ def ours(scores, kind):
 def published(kind, models):
     """-> {task: {series: {x: accuracy}}} of the paper's tables and figures, for these students."""
     figure = {}
-    with open(Path(__file__).parent / "paper_results.csv", newline="") as f:
+    with open(Path(__file__).parent.parent / "data" / "paper_results.csv", newline="") as f:
         for r in csv.DictReader(f):
             model, x = r["model"], r[COLUMNS[kind]] if kind in COLUMNS else ""
             there = model in models and r["method"] in METHOD_NAMES and r["table"].startswith(TABLES.get(kind, " "))

@@ -6,7 +6,9 @@ import collections
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
+import operator
 import os
 import pickle
 import re
@@ -180,58 +182,6 @@ def remove_journals(path):
 
 # ---------------- Names of files (saved/README.md), from the flags of a run
 
-def teacher_key(args):
-    """zs_cot at temperature 0, zs_cot_t70 at 0.7; zs_cot_t70_s1 with --data_seed 1, where the teacher is one of ours and so has a seed"""
-    seed = args.data_seed if args.teacher == "toy" or args.teacher.startswith("hf:") else 0
-    return args.teacher_method + (f"_t{round(100 * args.temperature)}" if args.temperature else "") + (f"_s{seed}" if seed else "")
-
-
-def teacher_metadata(args):
-    return {"dataset_key": args.task, "base_model": teacher_name(args), "completion_key": teacher_key(args), "finetune_key": None,
-            "train_key": None, "epoch": None, "prediction_template": args.teacher_method}
-
-
-CURATION = {  # flag that chooses rationales: (its default, which is the paper's, what stands in names where it is another)
-    "filter": ("right", "{}"), "max_rationale_words": (0, "{}words"), "max_per_question": (0, "{}each"),
-    "max_similarity": (1.0, "similar{:g}"), "drop_unfinished": (False, "finished"), "drop_duplicates": (False, "unique")}
-
-
-def curation_options(args):
-    """-> {flag: value} of the flags of CURATION that are not at their default."""
-    return {flag: getattr(args, flag) for flag, (default, _) in CURATION.items() if getattr(args, flag) != default}
-
-
-def run_suffix(args, method="ft_cot"):
-    """What distinguishes two curated sets or students of one task besides the method: of those who learn from rationales
-    degree, teacher and choice; split and validation share."""
-    parts = []
-    if method != "ft":
-        parts += [f"{args.degree}aug"] if args.degree > 1 else []
-        parts += [f"by_{base_model(args.teacher.removeprefix('hf:'))}"] if args.teacher != args.usual["teacher"] else []
-        parts += [CURATION[flag][1].format(value) for flag, value in curation_options(args).items()]
-    share = f"v{args.validation:g}" + (f"s{args.data_seed}" if args.data_seed else "")  # the seed chooses the share
-    parts += [part for part, is_there in ((args.split, args.split != "default"), (share, args.validation)) if is_there]
-    return "".join(f"_{part}" for part in parts)
-
-
-def finetune_key(args, method):
-    if method == "ft":
-        return f"ft_{args.task}{run_suffix(args, method)}"
-    return f"{teacher_key(args)}_{args.task}{run_suffix(args)}"
-
-
-def train_key(args, method):
-    """--train_key, or the method and whatever distinguishes this training from the usual one of the task."""
-    if args.train_key:
-        return safe_key(args.train_key)
-    usual_temperature = 0.7 if args.degree > 1 else 0.0  # the paper's
-    parts = ((args.label_style, args.label_style != "token"), (args.teacher_method, method != "ft" and args.teacher_method != "zs_cot"),
-             (f"t{round(100 * args.temperature)}", method != "ft" and args.temperature != usual_temperature))
-    late = ((f"lr{args.lr:g}", args.lr != args.usual["lr"]), (f"b{args.batch_size}", args.batch_size != args.usual["batch_size"]),
-            (f"s{args.seed}", args.seed))
-    before, after = ("".join(f"_{part}" for part, is_there in some if is_there) for some in (parts, late))
-    return safe_key(method + before + run_suffix(args, method) + after)
-
 
 def base_model(name):
     """What a model is called in file names: a folder by its last part, a hub name with its owner and without the slash."""
@@ -241,38 +191,6 @@ def base_model(name):
 def completion_path(saved, model, key, task, *parts):
     folder = Path(saved) / "completion_data" / f"B_{safe_key(model)}__C_{safe_key(key)}"
     return folder / f"{'__'.join([f'D_{task}', *parts])}.json"
-
-
-def finetune_path(args, method, family):
-    suffix = {"openai": ".jsonl", "chat": "_chat.jsonl"}.get(family, ".json")
-    folder = "P_openai" if family in ("openai", "chat") else f"P_{family}"
-    return Path(args.saved) / "finetune_data" / folder / f"F_{safe_key(finetune_key(args, method))}{suffix}"
-
-
-def teacher_name(args):
-    return "toy_teacher" if args.teacher == "toy" else base_model(args.teacher.removeprefix("hf:"))
-
-
-def teacher_file(args):
-    return completion_path(args.saved, teacher_name(args), teacher_key(args), args.task)
-
-
-def test_file(args, method, epoch):
-    """The completion file of a student: of an epoch of a training run, or of the untrained student on a split's test part."""
-    seed = f"_s{args.seed}" if args.student == "toy" and args.seed else ""  # each seed makes a toy student of its own
-    parts = [f"T_{train_key(args, method)}", f"E_{epoch:03d}"] if method.startswith("ft") else [f"S_{args.split}{seed}"]
-    return completion_path(args.saved, base_model(args.student), method, args.task, *parts, *samples_suffix(args))
-
-
-def samples_suffix(args):
-    """K sampled answers a question instead of one greedy answer"""
-    return [f"K_{args.eval_samples:02d}_t{round(100 * args.eval_temperature)}"] if args.eval_samples > 1 else []
-
-
-def student_path(args, method):
-    if args.out:
-        return Path(args.out)
-    return Path(args.saved) / "models" / f"B_{base_model(args.student)}" / f"D_{args.task}__T_{train_key(args, method)}"
 
 
 # ---------------- One run at a time
@@ -456,33 +374,6 @@ def read_finetune_data(path):
     return dict(zip(("sample_index", "input", "label"), [columns[0], *(list(map(whole_characters, c)) for c in columns[1:])]))
 
 
-def start_worker():
-    """Ctrl-C is for the parent to answer; and rows, which hold no cycles, are not searched for any again and again."""
-    import gc
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()
-
-
-def over_cores(function, paths):
-    """-> [function(path)] in order, over all cores where there is enough to do.  A worker holds one file at a time.
-
-    Raises what function raises for the first path that fails, and UserError where a worker was killed (for want of memory)."""
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(paths))
-    if cores < 2 or sum(Path(path).stat().st_size for path in paths if Path(path).exists()) < 1 << 25:
-        return [function(path) for path in paths]
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), start_worker)
-    try:
-        return list(progress(pool.map(function, paths), "scoring", total=len(paths)))
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, perhaps for want of memory: name fewer files at a time") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def progress(items, what, show=True, total=None):
     """Iterate over items (total: how many, where they have no length) with a progress bar; without a terminal, print a line
     every 10 seconds instead."""
@@ -496,3 +387,76 @@ def progress(items, what, show=True, total=None):
             said = time.monotonic()
             print(f"{what}: {i} of {total or len(items)}, {said - start:.0f} s", file=sys.stderr, flush=True)
         yield item
+
+
+# ---------------- A completion dataset: a model and a prompting method on the samples of a task (saved/README.md)
+
+METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None, "settings": dict | None} | {k: str | None for k in (
+    "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
+
+
+TEXT_OR_NOT = [str, type(None)]
+
+
+ROW_TYPES = {"sample_index": [int], "completion_index": [int], "question": [str], "answer": [str], "completion": TEXT_OR_NOT,
+             "reasoning_completion": TEXT_OR_NOT}
+
+
+KINDS_OF_ROW = set(itertools.product(*ROW_TYPES.values()))  # compared as one, which is quick; a bool is no int
+
+
+PLACE = operator.itemgetter("sample_index", "completion_index")
+
+
+def read_completions(path, task=None):
+    """-> (metadata, rows in order of sample and completion) of a completion file.
+
+    Raises UserError where it is not one, is another task's, or holds a completion twice."""
+    content = read_json(path)
+    metadata, data = content.get("metadata"), content.get("data")
+    if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
+        raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
+    for k, kind in METADATA_TYPES.items():
+        if not isinstance(metadata.get(k), kind) or isinstance(metadata.get(k), bool):
+            raise UserError(f"{path}: {k} in its metadata is {json.dumps(metadata.get(k))[:80]}, which it cannot be: mend it")
+    if metadata.get("settings") is None:
+        metadata.pop("settings", None)
+    key = metadata["dataset_key"]
+    if task and key != task:
+        raise UserError(f"{path} holds completions of the task {key}, not {task}")
+    rows = []
+    for index, many in data.items():
+        for row in many if isinstance(many, list) else [None]:
+            if not isinstance(row, dict) or tuple(map(type, map(row.get, ROW_TYPES))) not in KINDS_OF_ROW \
+                    or str(row["sample_index"]) != index or "completion" not in row:
+                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
+                                "completion, or one is not what it should be")
+            rows.append(row)
+    rows.sort(key=PLACE)
+    for (i, k), following in itertools.pairwise(map(PLACE, rows)):
+        if (i, k) == following:
+            raise UserError(f"{path}: completion {k} of sample {i} is there twice")
+    return metadata, rows
+
+
+def is_made(stage, args, path, settings):
+    """Whether a completion file is there and was made with these settings."""
+    return path.exists() and is_current(stage, path, read_completions(path, args.task)[0].get("settings"), settings)
+
+
+def write_completions(path, metadata, data):
+    """Completions cost GPU hours or money: those made with other settings are kept aside."""
+    if path.exists():
+        keep_aside(path)
+    write_json(path, {"metadata": metadata, "data": data})
+    remove_journals(path)
+
+
+def read_prompts(path, max_new_tokens):
+    """-> (rows, prompts, limits) of a JSON-lines file with a "prompt" and perhaps a "max_new_tokens" on each line."""
+    rows = read_jsonl(path)
+    for i, row in enumerate(rows, 1):
+        limit = row.get("max_new_tokens", max_new_tokens) if isinstance(row, dict) else None
+        if type(limit) is not int or limit < 1 or not isinstance(row.get("prompt"), str):
+            raise UserError(f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0')
+    return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]
