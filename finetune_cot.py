@@ -8,6 +8,7 @@ The method, top to bottom (paper §3): 1. `sample` a teacher's rationales, 2. `c
 3. `train` a student on question -> rationale -> answer, 4. `evaluate` it on the test questions.  Each stage writes one
 file or folder under --saved and is skipped when it is already there, made with the same settings.
 """
+
 import argparse
 import functools
 import json
@@ -23,18 +24,30 @@ import flags
 import storage
 import teacher
 from extras import batch_api as batch, filters, report as look, studies
-from flags import check, finetune_key, finetune_path, is_elsewhere, parse_args, student_path, teacher_file, teacher_metadata, test_file, train_key
+from flags import (
+    check,
+    finetune_key,
+    finetune_path,
+    is_elsewhere,
+    parse_args,
+    student_path,
+    teacher_file,
+    teacher_metadata,
+    test_file,
+    train_key,
+)
 from storage import UserError, base_model, is_made, write_completions
 from tasks import FINE_TUNED, PROMPTED
 
 
-
 # ---------------- 1. Sample: the teacher explains its answers (paper §3, step 1: reasoning generation)
+
 
 def teacher_complete(args):
     """-> complete(prompts, n, temperature, max_new_tokens, stop) of the toy or the local model that --teacher names."""
     if args.teacher == "toy":
         from data.toy import toy_teacher
+
         return functools.partial(toy_teacher, seed=args.data_seed)
     return local_complete(args, *evaluate.load_model(args.teacher.removeprefix("hf:")))
 
@@ -42,10 +55,26 @@ def teacher_complete(args):
 def local_complete(args, model, tokenizer, family, path=None, method=None):
     """-> complete(...) of a local model, for completions that will be written to path (default: the teacher's)."""
     model.to(args.ranks.device)
-    too_long = "cut" if (method or args.teacher_method) == "fs_cot" else "skip"  # few-shot prompts lose examples, not the question
+    too_long = (
+        "cut" if (method or args.teacher_method) == "fs_cot" else "skip"
+    )  # few-shot prompts lose examples, not the question
+
     def complete(prompts, n, temperature, max_new_tokens, stop):
-        return evaluate.generate(model, tokenizer, family, prompts, max_new_tokens, temperature, n, stop,
-                                 args.eval_batch_size, args.seed if path else args.data_seed, too_long, journal=path or teacher_file(args))
+        return evaluate.generate(
+            model,
+            tokenizer,
+            family,
+            prompts,
+            max_new_tokens,
+            temperature,
+            n,
+            stop,
+            args.eval_batch_size,
+            args.seed if path else args.data_seed,
+            too_long,
+            journal=path or teacher_file(args),
+        )
+
     return complete
 
 
@@ -67,17 +96,34 @@ def sample(args):
     if is_elsewhere(args):
         return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
-    settings = {"teacher": args.teacher, "method": args.teacher_method, "degree": args.degree, "temperature": args.temperature,
-                "seed": args.data_seed, "max_new_tokens": args.teacher_max_new_tokens, "samples": storage.fingerprint(samples),
-                "texts": tasks.texts_of(args.teacher_method, "decoder")}
+    settings = {
+        "teacher": args.teacher,
+        "method": args.teacher_method,
+        "degree": args.degree,
+        "temperature": args.temperature,
+        "seed": args.data_seed,
+        "max_new_tokens": args.teacher_max_new_tokens,
+        "samples": storage.fingerprint(samples),
+        "texts": tasks.texts_of(args.teacher_method, "decoder"),
+    }
     if args.teacher.startswith("hf:"):
         import train_loop
+
         settings["model"] = storage.model_fingerprint(args.teacher[3:])
     examples = few_shot(args, args.teacher_method, settings)
     if on_master(args, lambda: is_made("sample", args, path, settings)):
         return path
-    data = evaluate.make_completions(teacher_complete(args), samples, args.teacher_method, "decoder", args.teacher_method, args.degree,
-                                     args.temperature, args.teacher_max_new_tokens, examples)
+    data = evaluate.make_completions(
+        teacher_complete(args),
+        samples,
+        args.teacher_method,
+        "decoder",
+        args.teacher_method,
+        args.degree,
+        args.temperature,
+        args.teacher_max_new_tokens,
+        examples,
+    )
     if args.ranks.is_master:
         write_completions(path, teacher_metadata(args) | {"settings": settings}, data)
         print(f"sample: {len(samples)} questions x {args.degree} rationales -> {path}")
@@ -85,6 +131,7 @@ def sample(args):
 
 
 # ---------------- 2. Curate: keep what is right, and write it as the student will read it (paper §3, step 2: curation)
+
 
 def family_of(args):
     """What the student reads: decoder, encoder_decoder, openai or chat storage.  From its config, or, of a hub name, by the name."""
@@ -94,13 +141,17 @@ def family_of(args):
         return args.family
     config = Path(args.student) / "config.json"
     if config.is_file():
-        return "encoder_decoder" if storage.read_json(config).get("is_encoder_decoder") else "decoder"
+        return (
+            "encoder_decoder" if storage.read_json(config).get("is_encoder_decoder") else "decoder"
+        )
     return "encoder_decoder" if re.search(r"t5|bart|pegasus", args.student.lower()) else "decoder"
 
 
 def label_template(args, method):
     name = f"{method}_{args.label_style}"
-    return name if name in tasks.TEMPLATES else f"{method}_token"  # API styles; a style of one's own may have no ft
+    return (
+        name if name in tasks.TEMPLATES else f"{method}_token"
+    )  # API styles; a style of one's own may have no ft
 
 
 def correct_rationales(args, path, train):
@@ -109,38 +160,73 @@ def correct_rationales(args, path, train):
     metadata, rows = evaluate.read_completions(path, args.task)
     evaluate.check_rows(path, rows, args.task, tasks.load(args.task, args.data), args.data)
     wanted = set(train)
-    rows = [row for row in rows if row["sample_index"] in wanted and row["completion_index"] < args.degree]
+    rows = [
+        row
+        for row in rows
+        if row["sample_index"] in wanted and row["completion_index"] < args.degree
+    ]
     if len(rows) < len(train) * args.degree:
-        print(f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}")
+        print(
+            f"curate: {path} has {len(rows)} of the {len(train) * args.degree} rationales of {len(train)} questions x {args.degree}"
+        )
     template = metadata.get("prediction_template")
     rules = teacher.rules_of(args, metadata)
-    judged = [(row, tasks.judge(args.task, template, row.get("completion"), row["answer"], rules)) for row in rows]
+    judged = [
+        (row, tasks.judge(args.task, template, row.get("completion"), row["answer"], rules))
+        for row in rows
+    ]
     right = sum(verdict.correct for _, verdict in judged)
-    judged = [(row, verdict) for row, verdict in judged
-              if filters.rationale_of(row).strip() and ("api" not in row or row.get("finish_reason") == "stop")]  # cut: not kept
+    judged = [
+        (row, verdict)
+        for row, verdict in judged
+        if filters.rationale_of(row).strip()
+        and ("api" not in row or row.get("finish_reason") == "stop")
+    ]  # cut: not kept
     kept = filters.choose(args, judged)
     if not kept:
         wanted = "correct rationale" if args.filter == "right" else "rationale"
-        raise UserError(f"no {wanted} is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples in "
-                        f"{path}, {right} are right by the {rules} rules and {len(judged)} explain anything; try "
-                        f"{'' if rules == 'flexible' else '--rules flexible, '}another --teacher or a larger --degree")
+        raise UserError(
+            f"no {wanted} is left for {args.task}: of the {len(rows)} completions of {len(train)} training samples in "
+            f"{path}, {right} are right by the {rules} rules and {len(judged)} explain anything; try "
+            f"{'' if rules == 'flexible' else '--rules flexible, '}another --teacher or a larger --degree"
+        )
     return filters.leave_out(args, kept), rows
 
 
 def curation(args, method):
     """-> (path of the fine-tuning file, the settings it is to be made with, training indices)."""
-    family, template, completions = family_of(args), label_template(args, method), teacher_file(args)
-    train, _ = tasks.set_aside(tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.data_seed)
+    family, template, completions = (
+        family_of(args),
+        label_template(args, method),
+        teacher_file(args),
+    )
+    train, _ = tasks.set_aside(
+        tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.data_seed
+    )
     if method == "ft_cot" and not completions.exists():
-        raise UserError(f"there are no completions of {args.teacher} for {args.task} at {completions}: "
-                        "run --stage sample, or put the teacher's file there")
+        raise UserError(
+            f"there are no completions of {args.teacher} for {args.task} at {completions}: "
+            "run --stage sample, or put the teacher's file there"
+        )
     samples = storage.fingerprint(tasks.load(args.task, args.data))
     source = samples if method == "ft" else storage.file_sha256(completions)
-    settings = {"source": source, "samples": samples, "split": args.split, "train": storage.fingerprint(train), "template": template,
-                "family": family, "texts": tasks.texts_of(template, family)}
+    settings = {
+        "source": source,
+        "samples": samples,
+        "split": args.split,
+        "train": storage.fingerprint(train),
+        "template": template,
+        "family": family,
+        "texts": tasks.texts_of(template, family),
+    }
     if method == "ft_cot":
         rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
-        settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules, **flags.curation_options(args)}
+        settings |= {
+            "teacher": args.teacher,
+            "degree": args.degree,
+            "rules": rules,
+            **flags.curation_options(args),
+        }
         settings |= {"data_seed": args.data_seed} if args.filter == "random" else {}
     return finetune_path(args, method, family), settings, train
 
@@ -156,81 +242,147 @@ def curate(args, method, write=True):
     if unchanged and storage.is_current("curate", path, note.get("settings"), settings):
         return path
     if not write:
-        raise UserError(f"the fine-tuning file {path} is missing or was made with other settings: make it with --stage curate")
+        raise UserError(
+            f"the fine-tuning file {path} is missing or was made with other settings: make it with --stage curate"
+        )
     if method == "ft":
         samples = tasks.load(args.task, args.data)
         kept = total = [samples[i] for i in train]
     else:
         kept, total = correct_rationales(args, teacher_file(args), train)
     if method != "ft" and storage.file_sha256(teacher_file(args)) != settings["source"]:
-        raise UserError(f"{teacher_file(args)} was replaced by another run while it was read: start the same command again")
+        raise UserError(
+            f"{teacher_file(args)} was replaced by another run while it was read: start the same command again"
+        )
     rationales = [filters.rationale_of(row) if method == "ft_cot" else "" for row in kept]
     template, family = settings["template"], settings["family"]
-    pairs = [tasks.format_sample(template, family, row["question"], r, row["answer"]) for row, r in zip(kept, rationales)]
+    pairs = [
+        tasks.format_sample(template, family, row["question"], r, row["answer"])
+        for row, r in zip(kept, rationales)
+    ]
     if family in tasks.API_FAMILIES.values():
         text = batch.job_file(family, pairs)
     else:
         inputs, labels = zip(*pairs)
-        text = json.dumps({"sample_index": [row["sample_index"] for row in kept], "input": inputs, "label": labels}, indent=4)
-    if path.exists() and not unchanged and path.read_bytes() != text.encode():  # not ours, or edited by hand
+        text = json.dumps(
+            {
+                "sample_index": [row["sample_index"] for row in kept],
+                "input": inputs,
+                "label": labels,
+            },
+            indent=4,
+        )
+    if (
+        path.exists() and not unchanged and path.read_bytes() != text.encode()
+    ):  # not ours, or edited by hand
         storage.keep_aside(path)
     made_from.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
     storage.write_whole(path, text)
-    storage.write_json(made_from, {"settings": settings, "kept": len(kept), "total": len(total), "sha256": storage.file_sha256(path)})
+    storage.write_json(
+        made_from,
+        {
+            "settings": settings,
+            "kept": len(kept),
+            "total": len(total),
+            "sha256": storage.file_sha256(path),
+        },
+    )
     what = "rationales" if method == "ft_cot" else "samples"
-    print(f"curate: kept {len(kept)} of {len(total)} {what} ({100 * len(kept) / len(total):.1f}%) -> {path}")
+    print(
+        f"curate: kept {len(kept)} of {len(total)} {what} ({100 * len(kept) / len(total):.1f}%) -> {path}"
+    )
     return path
 
 
 # ---------------- 3. Train (paper §3, step 3: fine-tuning).  The loop itself is train_loop.py
+
 
 def student_source(args):
     """-> folder or name to load the untrained student from; the toy student is made here."""
     if args.student != "toy":
         return args.student
     from data.toy import make_toy_student
+
     folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
     with storage.held(folder, args.ranks.is_master, patience=60):
-        if args.ranks.is_master and not (folder / "tokenizer_config.json").exists():  # the last of its files
+        if (
+            args.ranks.is_master and not (folder / "tokenizer_config.json").exists()
+        ):  # the last of its files
             make_toy_student(folder, args.seed)
     on_master(args, lambda: None)  # the other ranks wait here
     return str(folder)
 
 
-TRAINED_WITH = ("epochs", "batch_size", "lr", "weight_decay", "seed", "precision", "max_length", "schedule", "warmup", "max_grad_norm")
+TRAINED_WITH = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "seed",
+    "precision",
+    "max_length",
+    "schedule",
+    "warmup",
+    "max_grad_norm",
+)
 
 
 def train(args, method, data_file):
     """Fine-tune the student on a fine-tuning file, evaluating every --eval_every epochs.  -> the student's folder."""
     import train_loop
+
     data = storage.read_finetune_data(data_file)
     out, source = student_path(args, method), student_source(args)
-    settings = {"student": storage.model_fingerprint(source), "finetune_data": storage.file_sha256(data_file)}
+    settings = {
+        "student": storage.model_fingerprint(source),
+        "finetune_data": storage.file_sha256(data_file),
+    }
     settings |= {k: getattr(args, k) for k in TRAINED_WITH}
     if Path(source).resolve() == out.resolve():
-        raise UserError(f"--out {out} is the student itself: choose another folder, so that it is kept")
+        raise UserError(
+            f"--out {out} is the student itself: choose another folder, so that it is kept"
+        )
     state = on_master(args, lambda: storage.claim_student_folder(out, settings))
     if state == "finished":
         return out
-    if not args.finetune_data and args.ranks.is_master:  # completions of an older run are not this one's
-        for old in test_file(args, method, 0).parent.glob(f"D_{args.task}__T_{train_key(args, method)}__E_*.json"):
-            if state == "new" or evaluate.read_completions(old)[0].get("settings", {}).get("model") != storage.fingerprint(settings):
+    if (
+        not args.finetune_data and args.ranks.is_master
+    ):  # completions of an older run are not this one's
+        for old in test_file(args, method, 0).parent.glob(
+            f"D_{args.task}__T_{train_key(args, method)}__E_*.json"
+        ):
+            if state == "new" or evaluate.read_completions(old)[0].get("settings", {}).get(
+                "model"
+            ) != storage.fingerprint(settings):
                 storage.keep_aside(old)
     model, tokenizer, family = evaluate.load_model(source)
-    if f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}" in Path(data_file).parts:
-        raise UserError(f"{data_file} is not for {family} students like {args.student}: curate again with --family {family}")
+    if (
+        f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}"
+        in Path(data_file).parts
+    ):
+        raise UserError(
+            f"{data_file} is not for {family} students like {args.student}: curate again with --family {family}"
+        )
     print_once(args, f"train: {method} on {data_file} -> {out}")
     for epoch in train_loop.train(model, tokenizer, family, data, out, args, settings, args.ranks):
         if args.eval_every and epoch % args.eval_every == 0:
-            path = test(args, method, model, tokenizer, family, epoch, storage.fingerprint(settings))["file"]
+            path = test(
+                args, method, model, tokenizer, family, epoch, storage.fingerprint(settings)
+            )["file"]
             if args.keep_best and args.ranks.is_master:
-                scored = evaluate.score(path, "validation" if args.validation else "test", args.split, args.data)
+                scored = evaluate.score(
+                    path, "validation" if args.validation else "test", args.split, args.data
+                )
                 train_loop.keep_best(out, scored, model, tokenizer)
-    print_once(args, f"train: the student is in {out}; try it: python evaluate.py generate --model {out} --prompts FILE --out FILE")
+    print_once(
+        args,
+        f"train: the student is in {out}; try it: python evaluate.py generate --model {out} --prompts FILE --out FILE",
+    )
     return out
 
 
 # ---------------- 4. Evaluate on the test questions (paper §4)
+
 
 def test(args, method, model, tokenizer, family, epoch, made_by):
     """Write the completion dataset of a student on the test part, unless it is there; -> its score."""
@@ -238,32 +390,80 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     path = test_file(args, method, epoch)
     samples = tasks.load(args.task, args.data)
     train, indices = tasks.load_split(args.task, args.split, args.data)
-    rest, validation = tasks.set_aside(train, args.validation if method in FINE_TUNED else 0, args.data_seed)
+    rest, validation = tasks.set_aside(
+        train, args.validation if method in FINE_TUNED else 0, args.data_seed
+    )
     samples = [samples[i] for i in indices + validation]
-    settings = {"model": made_by, "epoch": epoch, "template": template, "max_new_tokens": args.max_new_tokens,
-                "samples": storage.fingerprint(samples), "texts": tasks.texts_of(template, family)}
+    settings = {
+        "model": made_by,
+        "epoch": epoch,
+        "template": template,
+        "max_new_tokens": args.max_new_tokens,
+        "samples": storage.fingerprint(samples),
+        "texts": tasks.texts_of(template, family),
+    }
     k, temperature = args.eval_samples, args.eval_temperature if args.eval_samples > 1 else 0.0
-    settings |= {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
+    settings |= (
+        {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
+    )
     examples = few_shot(args, method, settings)
     if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
-        complete, start = local_complete(args, model, tokenizer, family, path, method), time.perf_counter()
-        data = evaluate.make_completions(complete, samples, method, family, template, k, temperature, args.max_new_tokens, examples)
-        metadata = {"dataset_key": args.task, "base_model": base_model(args.student), "completion_key": method,
-                    "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
-                    "train_key": train_key(args, method) if method in FINE_TUNED else None, "epoch": epoch,
-                    "prediction_template": template, "split": args.split, "part": "test", "validation": validation, "settings": settings,
-                    "run": studies.about(args, method, len(rest), model)}
+        complete, start = (
+            local_complete(args, model, tokenizer, family, path, method),
+            time.perf_counter(),
+        )
+        data = evaluate.make_completions(
+            complete,
+            samples,
+            method,
+            family,
+            template,
+            k,
+            temperature,
+            args.max_new_tokens,
+            examples,
+        )
+        metadata = {
+            "dataset_key": args.task,
+            "base_model": base_model(args.student),
+            "completion_key": method,
+            "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
+            "train_key": train_key(args, method) if method in FINE_TUNED else None,
+            "epoch": epoch,
+            "prediction_template": template,
+            "split": args.split,
+            "part": "test",
+            "validation": validation,
+            "settings": settings,
+            "run": studies.about(args, method, len(rest), model),
+        }
         if args.ranks.is_master:
             write_completions(path, metadata, data)
         seconds, log = time.perf_counter() - start, student_path(args, method) / "log.jsonl"
-        trained = [row["seconds"] for row in (storage.read_jsonl(log) if log.exists() else []) if "epoch_loss" in row]
-        print_once(args, f"evaluate: {len(samples)} questions in {seconds:.1f} s"
-                         + (f", {100 * seconds / max(trained[-1], 0.001):.0f}% of what training the epoch took" if trained else ""))
+        trained = [
+            row["seconds"]
+            for row in (storage.read_jsonl(log) if log.exists() else [])
+            if "epoch_loss" in row
+        ]
+        print_once(
+            args,
+            f"evaluate: {len(samples)} questions in {seconds:.1f} s"
+            + (
+                f", {100 * seconds / max(trained[-1], 0.001):.0f}% of what training the epoch took"
+                if trained
+                else ""
+            ),
+        )
     result = on_master(args, lambda: evaluate.score(path, "test", args.split, args.data))
-    print_once(args, f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
-                     f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}")
+    print_once(
+        args,
+        f"evaluate: {method}{f' epoch {epoch}' if epoch else ''}: test accuracy {result['accuracy']:.2f}% "
+        f"[{result['low']:.1f}, {result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}",
+    )
     if k > 1:
-        print_once(args, f"evaluate: {on_master(args, lambda: look.describe_votes(result, args.data))}")
+        print_once(
+            args, f"evaluate: {on_master(args, lambda: look.describe_votes(result, args.data))}"
+        )
     return result
 
 
@@ -271,30 +471,46 @@ def test_finished(args, method, out):
     """Score a finished student, or the untrained one for the methods that only prompt."""
     if method in PROMPTED:
         import train_loop
+
         source = student_source(args)
-        return test(args, method, *evaluate.load_model(source), None, storage.model_fingerprint(source))
+        return test(
+            args, method, *evaluate.load_model(source), None, storage.model_fingerprint(source)
+        )
     note = storage.read_json(out / "run.json") if (out / "run.json").exists() else {}
     if not note.get("finished") or not isinstance(note.get("settings"), dict):
         raise UserError(f"there is no finished student in {out}: run --stage train")
     if not args.out:  # one of --out may have been trained on any file, with any flags
-        data_file, wanted = finetune_path(args, method, family_of(args)), {k: getattr(args, k) for k in TRAINED_WITH}
-        if args.stage == "evaluate" and data_file.exists() and (method == "ft" or teacher_file(args).exists()):
+        data_file, wanted = (
+            finetune_path(args, method, family_of(args)),
+            {k: getattr(args, k) for k in TRAINED_WITH},
+        )
+        if (
+            args.stage == "evaluate"
+            and data_file.exists()
+            and (method == "ft" or teacher_file(args).exists())
+        ):
             on_master(args, lambda: curate(args, method, write=False))
             wanted["finetune_data"] = storage.file_sha256(data_file)
         storage.check_settings(out, note["settings"], wanted)
     epoch = note["settings"].get("epochs")
     if type(epoch) is not int:
-        raise UserError(f"{out / 'run.json'} does not say after how many epochs the student was finished: train it again")
-    return test(args, method, *evaluate.load_model(str(out)), epoch, storage.fingerprint(note["settings"]))
+        raise UserError(
+            f"{out / 'run.json'} does not say after how many epochs the student was finished: train it again"
+        )
+    return test(
+        args, method, *evaluate.load_model(str(out)), epoch, storage.fingerprint(note["settings"])
+    )
 
 
 # ---------------- Ranks: files are decided on and written by rank 0 alone
+
 
 def on_master(args, function):
     """Run function on rank 0; every rank gets its result, when it is done."""
     if args.ranks.world_size == 1:
         return function()
     import torch.distributed as dist
+
     box = [function() if args.ranks.is_master else None]
     dist.broadcast_object_list(box)
     return box[0]
@@ -314,13 +530,21 @@ def ends_with(args):
     if args.stage == "sample":
         return teachers, teachers
     method = args.method[-1]
-    file = finetune_path(args, method, family_of(args)) if args.stage == "curate" else test_file(args, method, 0)
+    file = (
+        finetune_path(args, method, family_of(args))
+        if args.stage == "curate"
+        else test_file(args, method, 0)
+    )
     return file, teachers
 
 
 def needs_torch(args):
     on_api = args.label_style in tasks.API_FAMILIES
-    return not (args.stage in ("sample", "curate") or on_api) or args.teacher.startswith("hf:") and args.stage in ("all", "sample")
+    return (
+        not (args.stage in ("sample", "curate") or on_api)
+        or args.teacher.startswith("hf:")
+        and args.stage in ("all", "sample")
+    )
 
 
 def run(args):
@@ -329,7 +553,9 @@ def run(args):
     methods = args.method[-1:] if args.finetune_data else args.method
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
-        with storage.held(teacher_file(args), args.ranks.is_master and not is_elsewhere(args)):  # the API has its journal
+        with storage.held(
+            teacher_file(args), args.ranks.is_master and not is_elsewhere(args)
+        ):  # the API has its journal
             sample(args)
     if args.stage == "curate" and "ft_cot" in fine_tuned and is_elsewhere(args):
         teacher.publish_partial(at_sample_degree(args), teacher_file(args), teacher_metadata(args))
@@ -347,14 +573,22 @@ def run(args):
             if args.stage == "train" and not args.finetune_data:
                 on_master(args, lambda: curate(args, method, write=False))
             if method in curated and curated[method] != storage.file_sha256(data_file):
-                raise UserError(f"{data_file} was replaced by another run since it was curated: start the same command again")
+                raise UserError(
+                    f"{data_file} was replaced by another run since it was curated: start the same command again"
+                )
             if args.label_style in tasks.API_FAMILIES:
                 batch.fine_tune(args, Path(data_file), batch.student(args, method)[0])
             else:
                 with storage.held(student_path(args, method), args.ranks.is_master):
                     train(args, method, Path(data_file))
         if "evaluate" in stages and args.label_style in tasks.API_FAMILIES:
-            results.append(batch.test(args, label_template(args, method) if method in FINE_TUNED else method, *batch.student(args, method)))
+            results.append(
+                batch.test(
+                    args,
+                    label_template(args, method) if method in FINE_TUNED else method,
+                    *batch.student(args, method),
+                )
+            )
         elif "evaluate" in stages:
             with storage.held(test_file(args, method, args.epochs), args.ranks.is_master):
                 results.append(test_finished(args, method, student_path(args, method)))
@@ -372,6 +606,7 @@ def main(argv=None):
         ranks = argparse.Namespace(world_size=1, is_master=True)
         if any(needs_torch(args) for args in cells):
             import train_loop
+
             ranks = train_loop.setup_ranks(evaluate.find_device(cells[0].device))
         elif os.environ.get("RANK", "0") != "0":
             return  # under torchrun: one process is enough

@@ -2,6 +2,7 @@
 
 Used by all modules; needs the standard library alone.
 """
+
 import collections
 import contextlib
 import glob
@@ -32,7 +33,9 @@ def write_whole(path, text):
     Raises OSError that names the path: that of a full disk does not by itself."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp"
+    )
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(text.encode() if isinstance(text, str) else text)
@@ -77,7 +80,9 @@ def parse_json(text, where):
 def read_text(path):
     """-> the text of a UTF-8 file.  Raises UserError that names it."""
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")  # -sig: editors on Windows put a byte-order mark first
+        return (
+            Path(path).read_bytes().decode("utf-8-sig")
+        )  # -sig: editors on Windows put a byte-order mark first
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
@@ -88,7 +93,9 @@ def read_json(path):
     """-> the JSON object in a file.  Raises UserError where it is not JSON or not an object."""
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: mend or delete it")
+        raise UserError(
+            f"{path} holds a JSON {type(value).__name__}, not an object: mend or delete it"
+        )
     return value
 
 
@@ -100,7 +107,9 @@ def whole_characters(text):
 def read_jsonl(path):
     """-> the values of a JSON-lines file, in order.  Lines end at "\\n" alone: U+2028 may stand inside a string."""
     lines = read_text(path).split("\n")
-    return [parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    return [
+        parse_json(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()
+    ]
 
 
 class Journal:
@@ -110,13 +119,18 @@ class Journal:
 
     def __init__(self, path):
         import fcntl
+
         self.path, self.rows = Path(path), {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path, "ab+")  # held until close() or the end of the process, however it comes
+        self.lock = open(
+            self.path, "ab+"
+        )  # held until close() or the end of the process, however it comes
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another run: wait for it or stop it") from None
+            raise UserError(
+                f"{self.path} is being written by another run: wait for it or stop it"
+            ) from None
         end = self.lock.seek(0)
         for i, line in enumerate(self.lock, 1):
             if not line.endswith(b"\n"):
@@ -126,7 +140,9 @@ class Journal:
                 continue
             row = parse_json(line, f"{self.path}, line {i}")
             if not isinstance(row, dict) or not isinstance(row.get("key"), str | int):
-                raise UserError(f"{self.path}, line {i} is not a row of a journal: mend or delete that line")
+                raise UserError(
+                    f"{self.path}, line {i} is not a row of a journal: mend or delete that line"
+                )
             self.rows.setdefault(row["key"], row)
         os.truncate(self.path, end)
 
@@ -156,22 +172,33 @@ class Journal:
         self.lock.close()
 
 
-DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # no file on Windows, nor on a disk that it shares
+DEVICE = re.compile(
+    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I
+)  # no file on Windows, nor on a disk that it shares
 
 
 def safe_key(name):
     """A name that becomes part of a path: google/flan-t5-base -> google_flan-t5-base.  Raises UserError for `..` and the like."""
     key = str(name).replace("/", "_")
-    if str(name).startswith(("/", ".", "-")) or ".." in key or DEVICE.fullmatch(key) \
-            or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII):
-        raise UserError(f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, "
-                        "'_', '-', '.' (120 at most, no '..', not an absolute path, no name of a device)")
+    if (
+        str(name).startswith(("/", ".", "-"))
+        or ".." in key
+        or DEVICE.fullmatch(key)
+        or not re.fullmatch(r"[\w.+=@:-]{1,120}", key, re.ASCII)
+    ):
+        raise UserError(
+            f"{str(name)[:80]!r} cannot be used as a name: it becomes part of a path, so use letters, digits, "
+            "'_', '-', '.' (120 at most, no '..', not an absolute path, no name of a device)"
+        )
     return key
 
 
 def journal_paths(path):
     """-> {rank: path} of the journals beside a file that is yet to be written."""
-    return {int(p.name.rpartition("-")[2]): p for p in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")}
+    return {
+        int(p.name.rpartition("-")[2]): p
+        for p in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")
+    }
 
 
 def remove_journals(path):
@@ -185,7 +212,13 @@ def remove_journals(path):
 
 def base_model(name):
     """What a model is called in file names: a folder by its last part, a hub name with its owner and without the slash."""
-    return safe_key(Path(name).resolve().name if Path(name).is_dir() else "toy_student" if name == "toy" else name)
+    return safe_key(
+        Path(name).resolve().name
+        if Path(name).is_dir()
+        else "toy_student"
+        if name == "toy"
+        else name
+    )
 
 
 def completion_path(saved, model, key, task, *parts):
@@ -207,7 +240,10 @@ def held(path, wanted=True, patience=None):
     seconds (None: PATIENCE) for another holder, then raises UserError."""
     path, ours = Path(path).resolve(), False
     if wanted and path not in HELD:  # the stages of one process may share a file
-        HELD[path], ours = lock_file(path.with_name(f".{path.name[:200]}.lock"), path, patience or PATIENCE), True
+        HELD[path], ours = (
+            lock_file(path.with_name(f".{path.name[:200]}.lock"), path, patience or PATIENCE),
+            True,
+        )
     try:
         yield
     finally:
@@ -220,6 +256,7 @@ def held(path, wanted=True, patience=None):
 def lock_file(name, path, patience):
     """-> the lock file, open and locked."""
     import fcntl
+
     name.parent.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + patience
     while True:
@@ -230,8 +267,10 @@ def lock_file(name, path, patience):
                 return lock  # and not one that its holder has just removed
         lock.close()
         if time.monotonic() > until:
-            raise UserError(f"{path} is being written by another run: wait for it, stop it, or write elsewhere (another --seed, "
-                            "--train_key, --out or --saved)")
+            raise UserError(
+                f"{path} is being written by another run: wait for it, stop it, or write elsewhere (another --seed, "
+                "--train_key, --out or --saved)"
+            )
         time.sleep(0.05)
 
 
@@ -240,13 +279,24 @@ def within_memory(advice):
     """Turn an allocation that fails, on a GPU or CPU, into a UserError that says what to do."""
     try:
         yield
-    except (MemoryError, RuntimeError) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is what a CPU's allocator raises
-        if not isinstance(e, MemoryError) and type(e).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(e):
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as e:  # torch.OutOfMemoryError is a RuntimeError, and so is what a CPU's allocator raises
+        if (
+            not isinstance(e, MemoryError)
+            and type(e).__name__ != "OutOfMemoryError"
+            and "can't allocate memory" not in str(e)
+        ):
             raise
-        raise UserError(f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
+        raise UserError(
+            f"out of memory{advice} ({' '.join(str(e).split())[:120] or type(e).__name__})"
+        ) from None
 
 
-LOST_RANK = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited|recvBytes")  # gloo; NCCL
+LOST_RANK = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Socket closed|remote process exited|recvBytes"
+)  # gloo; NCCL
 
 
 def lost_rank(error):
@@ -256,24 +306,42 @@ def lost_rank(error):
     return "error: another rank has ended, so this one ends too: what is finished is kept; start the same command again to go on"
 
 
-NOT_WRITTEN = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos")  # safetensors and tokenizers; torch
+NOT_WRITTEN = re.compile(
+    r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos"
+)  # safetensors and tokenizers; torch
 
 
 def writing(path):
     """Within this, what a library raises where it cannot write becomes an OSError that names path (a full disk's does not by itself).
 
     Not an `except`: tokenizers raise Exception itself, and an `except` of that would take all others too."""
+
     def name_it(kind, error, _):
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-        if error and kind.__name__ in ("Exception", "RuntimeError", "SafetensorError") and NOT_WRITTEN.search(str(error)):
-            raise OSError(f"{path} could not be written ({str(error).splitlines()[0]}): make room; what was there before is kept") from None
+        if (
+            error
+            and kind.__name__ in ("Exception", "RuntimeError", "SafetensorError")
+            and NOT_WRITTEN.search(str(error))
+        ):
+            raise OSError(
+                f"{path} could not be written ({str(error).splitlines()[0]}): make room; what was there before is kept"
+            ) from None
+
     stack = contextlib.ExitStack()
     stack.push(name_it)
     return stack
 
 
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError)  # what libraries raise
+UNREADABLE = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+)  # what libraries raise
 
 
 @contextlib.contextmanager
@@ -282,10 +350,13 @@ def damaged(path, remedy):
     try:
         yield
     except UNREADABLE as e:
-        raise UserError(f"{path} is damaged, or not what it should be ({type(e).__name__} {' '.join(str(e).split())[:80]}): {remedy}") from None
+        raise UserError(
+            f"{path} is damaged, or not what it should be ({type(e).__name__} {' '.join(str(e).split())[:80]}): {remedy}"
+        ) from None
 
 
 # ---------------- What a file was made from
+
 
 def fingerprint(value):
     """16 hex digits that change when the value changes: what a derived file was made from, in one word."""
@@ -302,7 +373,9 @@ def model_fingerprint(name):
     if not Path(name).is_dir():
         return name
     seen = {}
-    for file in sorted(p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".bin", ".model")):
+    for file in sorted(
+        p for p in Path(name).iterdir() if p.suffix in (".safetensors", ".json", ".bin", ".model")
+    ):
         with open(file, "rb") as f:
             head = f.read(1 << 20)
             f.seek(max(0, file.stat().st_size - (1 << 20)))
@@ -316,7 +389,11 @@ def is_current(stage, path, old, new):
         print(f"{stage}: {path} is there, made with the same settings: skipped")
         return True
     if isinstance(old, dict):
-        changed = [f"{k} {old.get(k)} -> {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        changed = [
+            f"{k} {old.get(k)} -> {new.get(k)}"
+            for k in sorted({*old, *new})
+            if old.get(k) != new.get(k)
+        ]
         print(f"{stage}: settings changed ({', '.join(changed)}) since {path} was made")
     return False
 
@@ -324,13 +401,17 @@ def is_current(stage, path, old, new):
 def check_settings(path, old, wanted):
     """Raise UserError where path was made with other settings than those that are wanted; it names them."""
     if changed := [f"{k} {old.get(k)} -> {v}" for k, v in wanted.items() if old.get(k) != v]:
-        raise UserError(f"{path} was made with other settings ({', '.join(changed)}): make it again with --stage train, or give the flags "
-                        "that it was made with")
+        raise UserError(
+            f"{path} was made with other settings ({', '.join(changed)}): make it again with --stage train, or give the flags "
+            "that it was made with"
+        )
 
 
 def keep_aside(path):
     """Move what is in the way, and cost something to make, to a free name beside it."""
-    aside = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old{i}")).exists())
+    aside = next(
+        p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old{i}")).exists()
+    )
     os.replace(path, aside)
     print(f"what lay at {path} is kept as {aside}")
 
@@ -340,7 +421,9 @@ def claim_student_folder(out, settings):
     settings is kept aside; a stranger's folder, or an unfinished run with other settings, is refused."""
     note = read_json(out / "run.json") if (out / "run.json").exists() else None
     if note is None and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no run of this program: choose another --out")
+        raise UserError(
+            f"{out} is not empty and holds no run of this program: choose another --out"
+        )
     if note is not None and note.get("settings") == settings and not note.get("finished"):
         print(f"train: going on with the unfinished run in {out}")
         return "unfinished"
@@ -348,8 +431,10 @@ def claim_student_folder(out, settings):
         if is_current("train", out, note.get("settings"), settings):
             return "finished"
         if not note.get("finished") and any(out.glob("checkpoint_*.pt")):
-            raise UserError(f"{out} holds an unfinished run with other settings (above): go on with its flags, choose another --train_key "
-                            "or --out, or delete that folder")
+            raise UserError(
+                f"{out} holds an unfinished run with other settings (above): go on with its flags, choose another --train_key "
+                "or --out, or delete that folder"
+            )
         keep_aside(out)
     write_json(out / "run.json", {"finished": False, "settings": settings})
     return "new"
@@ -357,21 +442,35 @@ def claim_student_folder(out, settings):
 
 # ---------------- A fine-tuning file, and a progress bar
 
+
 def read_finetune_data(path):
     """-> {"sample_index", "input", "label": lists of equal length} of a fine-tuning file, JSON or the openai JSON lines.
 
     Raises UserError where it is no such file or holds no sample."""
     if Path(path).suffix == ".jsonl":
         rows = [row if isinstance(row, dict) else {} for row in read_jsonl(path)]
-        columns = [list(range(len(rows))), *([row.get(k) for row in rows] for k in ("prompt", "completion"))]
+        columns = [
+            list(range(len(rows))),
+            *([row.get(k) for row in rows] for k in ("prompt", "completion")),
+        ]
     else:
         columns = list(map(read_json(path).get, ("sample_index", "input", "label")))
-    if not all(isinstance(c, list) for c in columns) or len({len(c) for c in columns}) != 1 \
-            or not all(isinstance(x, kind) for c, kind in zip(columns, (int, str, str)) for x in c):
-        raise UserError(f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length')
+    if (
+        not all(isinstance(c, list) for c in columns)
+        or len({len(c) for c in columns}) != 1
+        or not all(isinstance(x, kind) for c, kind in zip(columns, (int, str, str)) for x in c)
+    ):
+        raise UserError(
+            f'{path} is not a fine-tuning file, {{"sample_index": [...], "input": [texts], "label": [texts]}} of equal length'
+        )
     if not columns[0]:
         raise UserError(f"{path} holds no sample: there is nothing to train on")
-    return dict(zip(("sample_index", "input", "label"), [columns[0], *(list(map(whole_characters, c)) for c in columns[1:])]))
+    return dict(
+        zip(
+            ("sample_index", "input", "label"),
+            [columns[0], *(list(map(whole_characters, c)) for c in columns[1:])],
+        )
+    )
 
 
 def progress(items, what, show=True, total=None):
@@ -379,30 +478,58 @@ def progress(items, what, show=True, total=None):
     every 10 seconds instead."""
     if show and sys.stderr.isatty():
         from tqdm import tqdm
+
         yield from tqdm(items, desc=what, leave=False, total=total)
         return
     start = said = time.monotonic()
     for i, item in enumerate(items):
         if show and time.monotonic() - said > 10:
             said = time.monotonic()
-            print(f"{what}: {i} of {total or len(items)}, {said - start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{what}: {i} of {total or len(items)}, {said - start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         yield item
 
 
 # ---------------- A completion dataset: a model and a prompting method on the samples of a task (saved/README.md)
 
-METADATA_TYPES = {"dataset_key": str, "epoch": int | None, "validation": list | None, "settings": dict | None} | {k: str | None for k in (
-    "base_model", "completion_key", "finetune_key", "train_key", "prediction_template", "split", "part")}
+METADATA_TYPES = {
+    "dataset_key": str,
+    "epoch": int | None,
+    "validation": list | None,
+    "settings": dict | None,
+} | {
+    k: str | None
+    for k in (
+        "base_model",
+        "completion_key",
+        "finetune_key",
+        "train_key",
+        "prediction_template",
+        "split",
+        "part",
+    )
+}
 
 
 TEXT_OR_NOT = [str, type(None)]
 
 
-ROW_TYPES = {"sample_index": [int], "completion_index": [int], "question": [str], "answer": [str], "completion": TEXT_OR_NOT,
-             "reasoning_completion": TEXT_OR_NOT}
+ROW_TYPES = {
+    "sample_index": [int],
+    "completion_index": [int],
+    "question": [str],
+    "answer": [str],
+    "completion": TEXT_OR_NOT,
+    "reasoning_completion": TEXT_OR_NOT,
+}
 
 
-KINDS_OF_ROW = set(itertools.product(*ROW_TYPES.values()))  # compared as one, which is quick; a bool is no int
+KINDS_OF_ROW = set(
+    itertools.product(*ROW_TYPES.values())
+)  # compared as one, which is quick; a bool is no int
 
 
 PLACE = operator.itemgetter("sample_index", "completion_index")
@@ -414,11 +541,19 @@ def read_completions(path, task=None):
     Raises UserError where it is not one, is another task's, or holds a completion twice."""
     content = read_json(path)
     metadata, data = content.get("metadata"), content.get("data")
-    if not isinstance(metadata, dict) or not isinstance(data, dict) or "dataset_key" not in metadata:
-        raise UserError(f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}')
+    if (
+        not isinstance(metadata, dict)
+        or not isinstance(data, dict)
+        or "dataset_key" not in metadata
+    ):
+        raise UserError(
+            f'{path} is not a completion file, {{"metadata": {{"dataset_key": ...}}, "data": {{"<sample_index>": [rows]}}}}'
+        )
     for k, kind in METADATA_TYPES.items():
         if not isinstance(metadata.get(k), kind) or isinstance(metadata.get(k), bool):
-            raise UserError(f"{path}: {k} in its metadata is {json.dumps(metadata.get(k))[:80]}, which it cannot be: mend it")
+            raise UserError(
+                f"{path}: {k} in its metadata is {json.dumps(metadata.get(k))[:80]}, which it cannot be: mend it"
+            )
     if metadata.get("settings") is None:
         metadata.pop("settings", None)
     key = metadata["dataset_key"]
@@ -427,10 +562,16 @@ def read_completions(path, task=None):
     rows = []
     for index, many in data.items():
         for row in many if isinstance(many, list) else [None]:
-            if not isinstance(row, dict) or tuple(map(type, map(row.get, ROW_TYPES))) not in KINDS_OF_ROW \
-                    or str(row["sample_index"]) != index or "completion" not in row:
-                raise UserError(f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
-                                "completion, or one is not what it should be")
+            if (
+                not isinstance(row, dict)
+                or tuple(map(type, map(row.get, ROW_TYPES))) not in KINDS_OF_ROW
+                or str(row["sample_index"]) != index
+                or "completion" not in row
+            ):
+                raise UserError(
+                    f"{path}: a completion of sample {index} lacks its sample_index, completion_index, question, answer or "
+                    "completion, or one is not what it should be"
+                )
             rows.append(row)
     rows.sort(key=PLACE)
     for (i, k), following in itertools.pairwise(map(PLACE, rows)):
@@ -441,7 +582,9 @@ def read_completions(path, task=None):
 
 def is_made(stage, args, path, settings):
     """Whether a completion file is there and was made with these settings."""
-    return path.exists() and is_current(stage, path, read_completions(path, args.task)[0].get("settings"), settings)
+    return path.exists() and is_current(
+        stage, path, read_completions(path, args.task)[0].get("settings"), settings
+    )
 
 
 def write_completions(path, metadata, data):
@@ -458,5 +601,11 @@ def read_prompts(path, max_new_tokens):
     for i, row in enumerate(rows, 1):
         limit = row.get("max_new_tokens", max_new_tokens) if isinstance(row, dict) else None
         if type(limit) is not int or limit < 1 or not isinstance(row.get("prompt"), str):
-            raise UserError(f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0')
-    return rows, [row["prompt"] for row in rows], [row.get("max_new_tokens", max_new_tokens) for row in rows]
+            raise UserError(
+                f'{path}, row {i}: it needs {{"prompt": "text"}}, and max_new_tokens, if given, a number above 0'
+            )
+    return (
+        rows,
+        [row["prompt"] for row in rows],
+        [row.get("max_new_tokens", max_new_tokens) for row in rows],
+    )

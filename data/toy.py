@@ -3,6 +3,7 @@
 Five coin states in a row are hard to see at once and easy one at a time, so rationales help a tiny student; without them
 it stays at chance.  Beside the samples stand their teacher, which is wrong once in five, and their student.
 """
+
 import random
 import re
 
@@ -18,8 +19,11 @@ TOY_PHRASES = [  # (start, one step, end): the teacher's several ways to say the
     ("Start: heads.", "From {before}, {name} {verb} it to {side}.", "In the end {side}."),
     ("Heads.", "{name} {verb} {before}, now {side}.", "The coin shows {side}."),
 ]
-TOY_VOCABULARY = [*NAMES, *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHRASES for part in phrases),
-                  "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->"]
+TOY_VOCABULARY = [
+    *NAMES,
+    *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHRASES for part in phrases),
+    "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->",
+]
 
 
 def toy_rationale(question, rng, phrases):
@@ -38,16 +42,25 @@ def toy_teacher(prompts, n=1, temperature=0.0, max_new_tokens=128, stop=None, se
     """An embedded teacher with the signature of `complete`: n completions a prompt, the same ones for the same seed.
 
     It answers both steps of Zero-shot-CoT, and Few-shot-CoT with a sentence that states the answer.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
+
     def one(prompt, k):
         """-> the k-th completion of a prompt"""
         if prompt.endswith(tasks.COT_ANSWER):
             sides = re.findall(r"heads|tails", prompt)
             return " yes." if sides[-1] == "heads" else " no."
         rng = random.Random(f"{seed} {k} {prompt}" if temperature else f"{seed} {prompt}")
-        rationale = toy_rationale(prompt.rpartition("Q:")[2], rng, rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0])
+        rationale = toy_rationale(
+            prompt.rpartition("Q:")[2],
+            rng,
+            rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0],
+        )
         answer = "yes" if re.findall(r"heads|tails", rationale)[-1] == "heads" else "no"
         return f" {rationale}" + f" {tasks.PREFIXES['fs_cot']} {answer}." * prompt.endswith("\nA:")
-    return [[{"completion": one(prompt, k), "finish_reason": "stop"} for k in range(n)] for prompt in prompts]
+
+    return [
+        [{"completion": one(prompt, k), "finish_reason": "stop"} for k in range(n)]
+        for prompt in prompts
+    ]
 
 
 def make_toy_student(folder, seed):
@@ -56,16 +69,31 @@ def make_toy_student(folder, seed):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     from transformers.utils import logging
+
     logging.disable_progress_bar()
     special = ["<eos>", "<unk>"]
     words = re.findall(r"\w+|[^\w\s]+", " ".join(TOY_VOCABULARY))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *sorted(set(words))])}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel(
+            {word: i for i, word in enumerate([*special, *sorted(set(words))])}, unk_token="<unk>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=len(fast), n_layer=2, n_head=4, n_embd=128, n_positions=128, bos_token_id=0, eos_token_id=0,
-                        initializer_range=0.08,  # 1/sqrt(128): at GPT-2's 0.02, meant for 768 wide, it learns at half the speed
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=len(fast),
+        n_layer=2,
+        n_head=4,
+        n_embd=128,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.08,  # 1/sqrt(128): at GPT-2's 0.02, meant for 768 wide, it learns at half the speed
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     with writing(folder):
         GPT2LMHeadModel(config).save_pretrained(folder)
         fast.save_pretrained(folder)

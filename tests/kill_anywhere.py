@@ -5,6 +5,7 @@
 
 Sampling, curation, training with a checkpoint every other step, evaluation after each epoch and the table, on 60 toy questions.
 """
+
 import argparse
 import contextlib
 import json
@@ -21,7 +22,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FLAGS = ["--epochs", "3", "--max_new_tokens", "48", "--checkpoint_steps", "2", "--eval_every", "1", "--device", "cpu"]
+FLAGS = [
+    "--epochs",
+    "3",
+    "--max_new_tokens",
+    "48",
+    "--checkpoint_steps",
+    "2",
+    "--eval_every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def pipeline(saved):
@@ -29,6 +41,7 @@ def pipeline(saved):
     import evaluate
     import finetune_cot
     import tasks
+
     tasks.TASKS["toy"] = tasks.TASKS["toy"]._replace(n=60, train=42, test=18)
     finetune_cot.main([*FLAGS, "--saved", str(saved)])
     if os.environ.get("RANK", "0") == "0":
@@ -39,7 +52,16 @@ def pipeline(saved):
 def start(saved, ranks, log):
     """-> the pid of a run: a fork of this process, which has torch in memory already, or torchrun."""
     if ranks > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__, "--pipeline", str(saved)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            __file__,
+            "--pipeline",
+            str(saved),
+        ]
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log).pid
     if pid := os.fork():
         return pid
@@ -71,9 +93,14 @@ def contents(folder):
     """-> {name: bytes} of all that a run leaves; of logs, all but what the clock or the command line wrote."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"):
-        found[str(path.relative_to(folder))] = path.read_bytes().replace(str(folder).encode(), b"SAVED")
+        found[str(path.relative_to(folder))] = path.read_bytes().replace(
+            str(folder).encode(), b"SAVED"
+        )
         if path.name == "log.jsonl":
-            found[str(path.relative_to(folder))] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.open()][1:]
+            found[str(path.relative_to(folder))] = [
+                {k: v for k, v in json.loads(line).items() if k != "seconds"}
+                for line in path.open()
+            ][1:]
     return found
 
 
@@ -90,6 +117,7 @@ def main():
     import transformers  # noqa: F401
     import evaluate  # noqa: F401
     import train_loop  # noqa: F401
+
     chance, began, kills, resumed = random.Random(args.seed), time.monotonic(), {}, 0
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         whole = Path(folder) / "whole"
@@ -101,14 +129,25 @@ def main():
         done = lost = 0
         while done < args.times:
             saved = Path(folder) / "killed"
-            for _ in range(chance.randrange(1, 5)):  # kills of one pipeline, each somewhere in what is left of it
-                pid, sent = start(saved, args.ranks, log), chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT] if args.ranks == 1 else [signal.SIGKILL])
+            for _ in range(
+                chance.randrange(1, 5)
+            ):  # kills of one pipeline, each somewhere in what is left of it
+                pid, sent = (
+                    start(saved, args.ranks, log),
+                    chance.choice(
+                        [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+                        if args.ranks == 1
+                        else [signal.SIGKILL]
+                    ),
+                )
                 time.sleep(chance.random() * takes)
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     break  # it was done before
                 victim = pid
                 if args.ranks > 1:
-                    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+                    children = subprocess.run(
+                        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+                    ).stdout.split()
                     victim = int(chance.choice(children)) if children else pid
                 os.kill(victim, sent)
                 ended = time.monotonic()
@@ -118,18 +157,26 @@ def main():
             if status := end(start(saved, args.ranks, log), 300):
                 sys.exit(f"FAILED with {status}: " + (Path(folder) / "log").read_text()[-2000:])
             found = contents(saved)
-            different = [name for name in {*expected, *found} if expected.get(name) != found.get(name)]
+            different = [
+                name for name in {*expected, *found} if expected.get(name) != found.get(name)
+            ]
             lost += bool(different)
             resumed += 1
             if different:
-                kept = shutil.copytree(saved, f"{tempfile.gettempdir()}/killed-{os.getpid()}-{resumed}")
+                kept = shutil.copytree(
+                    saved, f"{tempfile.gettempdir()}/killed-{os.getpid()}-{resumed}"
+                )
                 print(f"DIFFERENT after restart: {sorted(different)}, kept in {kept}", flush=True)
             shutil.rmtree(saved)
         said = (Path(folder) / "log").read_text()
-        ours = re.findall(r"^\[rank\d+\]: Traceback" if args.ranks > 1 else "Traceback", said, re.M)  # torchrun adds one of its own
-        print(f"{done} kills ({', '.join(f'{n} {name}' for name, n in kills.items())}) of {resumed} pipelines, {len(expected)} files each: "
-              f"{lost} differ; {len(ours)} tracebacks; "
-              f"{said.count('another rank has ended')} times the other rank said why; {time.monotonic() - began:.0f} s")
+        ours = re.findall(
+            r"^\[rank\d+\]: Traceback" if args.ranks > 1 else "Traceback", said, re.M
+        )  # torchrun adds one of its own
+        print(
+            f"{done} kills ({', '.join(f'{n} {name}' for name, n in kills.items())}) of {resumed} pipelines, {len(expected)} files each: "
+            f"{lost} differ; {len(ours)} tracebacks; "
+            f"{said.count('another rank has ended')} times the other rank said why; {time.monotonic() - began:.0f} s"
+        )
         sys.exit(bool(lost or ours))
 
 

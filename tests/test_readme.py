@@ -1,8 +1,9 @@
 """What the README says is so: its commands parse, its files exist, its links lead to the lines they name.
 
-    python -m pytest tests/test_readme.py
-    python tests/test_readme.py               # write the line numbers of the README anew
+python -m pytest tests/test_readme.py
+python tests/test_readme.py               # write the line numbers of the README anew
 """
+
 import re
 import shlex
 
@@ -15,7 +16,13 @@ import tasks
 
 README = (ROOT / "README.md").read_text()
 PARSERS = {"finetune_cot.py": finetune_cot.parse_args, "evaluate.py": evaluate.parse_args}
-COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d) ((?:finetune_cot|evaluate)\.py[^`#&|\n]*)", README)))
+COMMANDS = sorted(
+    set(
+        re.findall(
+            r"(?:python|nproc_per_node=\d) ((?:finetune_cot|evaluate)\.py[^`#&|\n]*)", README
+        )
+    )
+)
 
 
 def test_the_readme_has_commands_to_check():
@@ -24,7 +31,9 @@ def test_the_readme_has_commands_to_check():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_is_understood_by_the_real_parser(command):
-    script, *flags = shlex.split(re.sub(r"\[(.*?)\]|\.\.\.", r"\1", command))  # optional parts in brackets are tried as well
+    script, *flags = shlex.split(
+        re.sub(r"\[(.*?)\]|\.\.\.", r"\1", command)
+    )  # optional parts in brackets are tried as well
     if "--help" in flags:
         return
     parsed = PARSERS[script](flags)
@@ -39,7 +48,11 @@ LINK = re.compile(r"\[`(\w+)`\]\(([\w/.]+\.py)#L(\d+)\)")  # [`name`](file.py#L1
 def line_of(name, path):
     """-> the number of the line of path that defines name."""
     lines = (ROOT / path).read_text().splitlines()
-    found = [i for i, line in enumerate(lines, 1) if re.match(rf"(?:async )?(?:def|class) {name}\b|{name} = ", line)]
+    found = [
+        i
+        for i, line in enumerate(lines, 1)
+        if re.match(rf"(?:async )?(?:def|class) {name}\b|{name} = ", line)
+    ]
     assert len(found) == 1, f"{path} defines {name} in lines {found}"
     return found[0]
 
@@ -49,13 +62,25 @@ def with_true_lines(text):
 
 
 def test_the_links_of_the_readme_lead_to_the_lines_they_name():
-    wrong = [f"{m[0]}: now line {line_of(m[1], m[2])}" for m in LINK.finditer(README) if int(m[3]) != line_of(m[1], m[2])]
-    assert not wrong, "run `python tests/test_readme.py`, which writes them anew\n" + "\n".join(wrong)
-    assert len(LINK.findall(README)) > 30 and README.count("](") - README.count("](http") == len(LINK.findall(README)), "a link of another form"
+    wrong = [
+        f"{m[0]}: now line {line_of(m[1], m[2])}"
+        for m in LINK.finditer(README)
+        if int(m[3]) != line_of(m[1], m[2])
+    ]
+    assert not wrong, "run `python tests/test_readme.py`, which writes them anew\n" + "\n".join(
+        wrong
+    )
+    assert len(LINK.findall(README)) > 30 and README.count("](") - README.count("](http") == len(
+        LINK.findall(README)
+    ), "a link of another form"
 
 
 def test_the_benchmarks_that_the_readme_prepares_are_known():
-    names = [name for line in re.findall(r"python data/prepare\.py +([a-z0-9_ ]+?)(?: {2,}|$)", README, re.M) for name in line.split()]
+    names = [
+        name
+        for line in re.findall(r"python data/prepare\.py +([a-z0-9_ ]+?)(?: {2,}|$)", README, re.M)
+        for name in line.split()
+    ]
     assert names and set(names) <= set(tasks.TASKS)
 
 
@@ -75,17 +100,28 @@ def test_the_readme_s_task_recipe_is_one_row_that_works(monkeypatch):
 
 @pytest.mark.parametrize("page", ["README.md", "saved/README.md", "data/README.md"])
 def test_the_files_a_page_names_exist_or_are_made_by_a_run(page):
-    for name in re.findall(r"\b(?:data/|tests/|saved/|extras/)?[a-z_]+\.(?:py|csv|txt|md)\b", (ROOT / page).read_text()):
+    for name in re.findall(
+        r"\b(?:data/|tests/|saved/|extras/)?[a-z_]+\.(?:py|csv|txt|md)\b", (ROOT / page).read_text()
+    ):
         assert (ROOT / name).exists() or (ROOT / page).parent.joinpath(name).exists(), name
 
 
 def test_the_readme_tells_how_many_samples_and_which_flags_the_default_run_has():
     [args] = finetune_cot.parse_args([])
-    assert (args.task, args.method) == ("toy", ["ft", "ft_cot"]) and f"{tasks.TASKS['toy'].test} test questions" in README
+    assert (args.task, args.method) == (
+        "toy",
+        ["ft", "ft_cot"],
+    ) and f"{tasks.TASKS['toy'].test} test questions" in README
 
 
-@pytest.mark.parametrize("module, others", [("tasks", ("train_loop", "evaluate", "finetune_cot")), ("train_loop", ("evaluate", "finetune_cot")),
-                                            ("evaluate", ("train_loop", "finetune_cot"))])
+@pytest.mark.parametrize(
+    "module, others",
+    [
+        ("tasks", ("train_loop", "evaluate", "finetune_cot")),
+        ("train_loop", ("evaluate", "finetune_cot")),
+        ("evaluate", ("train_loop", "finetune_cot")),
+    ],
+)
 def test_imports_point_one_way(module, others):
     text = (ROOT / f"{module}.py").read_text()
     assert not any(re.search(rf"^\s*(?:import|from) {other}\b", text, re.M) for other in others)
