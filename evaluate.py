@@ -100,7 +100,7 @@ def load_model(name, dtype="float32"):
     return model, tokenizer, "encoder_decoder" if config.is_encoder_decoder else "decoder"
 
 
-def pick_tokens(logits, temperature, generators, top_p=1.0):
+def sample_tokens(logits, temperature, generators, top_p=1.0):
     """(B, V) -> (B,) next tokens: greedy at temperature 0, else one draw a row from the row's own random stream, of the
     likeliest tokens that reach top_p together."""
     import torch
@@ -174,7 +174,7 @@ def prefill(model, family, prompts, pad_id):
     return output.logits[:, -1], state
 
 
-def next_logits(model, family, tokens, state):
+def decode_step(model, family, tokens, state):
     """(B,) tokens -> (B, V) logits of the tokens after them; state is carried on."""
     import torch
     from extras import cpu_decoding as decoding
@@ -206,7 +206,7 @@ def next_logits(model, family, tokens, state):
     return output.logits[:, -1]
 
 
-def read_prompts_of(model, family, rows, pad_id):
+def prefill_in_chunks(model, family, rows, pad_id):
     """`prefill` of the prompts of rows (longest first), on a CPU in parts of at most 512 tokens (or one prompt): like lengths, little
     padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (b, V), state, the place there of each row) of each part."""
     from extras import cpu_decoding as decoding
@@ -307,7 +307,7 @@ def decode(
         if waiting and (not rows or decoding.can_start_late(model, family, state)):
             number = choose_entering(rows, tokens, waiting, most, budget)
             entering, waiting = waiting[:number], waiting[number:]
-            for part, more, read, places in read_prompts_of(model, family, entering, pad_id):
+            for part, more, read, places in prefill_in_chunks(model, family, entering, pad_id):
                 state = decoding.enter(state if rows else None, read, places, budget)
                 logits = torch.cat([logits, more[places]]) if rows else more[places]
                 rows, tokens = rows + part, tokens + [[] for _ in part]
@@ -317,7 +317,7 @@ def decode(
         else:
             best, picked = (
                 logits.amax(-1),
-                pick_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p),
+                sample_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p),
             )
         if len(broken := (~best.isfinite()).nonzero()):
             raise UserError(
@@ -350,10 +350,10 @@ def decode(
         if rows:
             if ended:
                 state = decoding.take(state, going)
-            logits = next_logits(model, family, picked, state)
+            logits = decode_step(model, family, picked, state)
 
 
-def fit_positions(model, family, ids, limits, too_long):
+def fit_context_window(model, family, ids, limits, too_long):
     """-> [(prompt, limit of new tokens)] that the model has positions for, and a remark on those that suffer.  A prompt that
     leaves no room is refused (UserError), cut on the left, or gets the limit 0 (skip)."""
     positions = (
@@ -407,7 +407,7 @@ def open_journals(path, rank, ranks):
     }
 
 
-def sums_of(model):
+def weight_checksums(model):
     """-> a sum of each of its weights, by which they are known again."""
     import torch
     from extras import cpu_training as kernels
@@ -450,13 +450,13 @@ def generate(
 
     ids = [tasks.encode_prompt(tokenizer, family, prompt) for prompt in prompts]
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
-    fitting, remark = fit_positions(model, family, ids, limits, too_long)
+    fitting, remark = fit_context_window(model, family, ids, limits, too_long)
     shares, rank = gather(remark)
     if remark and rank == 0:
         print(remark)
     settings, journals, done = [temperature, top_p, stop, seed], [], {}
     if journal:  # a row may be taken from there if the weights and all else are the same
-        settings += sums_of(model)
+        settings += weight_checksums(model)
         journals, done = open_journals(journal, rank, len(shares))
     settings = storage.fingerprint(settings)
     keys = {
@@ -497,7 +497,9 @@ def generate(
         contextlib.nullcontext() if temperature else decoding.likeliest_word(model) as likeliest,
         decoding.packed_products(model),
         torch.inference_mode(),
-        storage.within_memory(": lower --eval_batch_size (evaluate.py generate: --batch_size)"),
+        storage.out_of_memory_hint(
+            ": lower --eval_batch_size (evaluate.py generate: --batch_size)"
+        ),
     ):
         budget = token_budget(model, family, rows, batch_size, *size)
         decoded = decode(
@@ -531,7 +533,7 @@ def generate(
 # ---------------- Completion datasets: made by any model behind complete(prompts, n, temperature, max_new_tokens, stop)
 
 
-def few_shot_examples(task, data_dir="data"):
+def few_shot_prompt(task, data_dir="data"):
     """-> the Few-shot-CoT prompt of a task.  Raises UserError where there is none."""
     path = Path(data_dir) / "few_shot_cot_prompts.json"
     prompt = storage.read_json(path).get(task) if path.exists() else None
@@ -641,15 +643,15 @@ def wilson(correct, n, z=1.959964):
     return 100 * max(0.0, middle - half) / (1 + z2), 100 * min(1 + z2, middle + half) / (1 + z2)
 
 
-def judge_rows(metadata, rows, rules):
+def grade_rows(metadata, rows, rules):
     """-> [(row, "right", "wrong" or "unreadable" by these rules, {rules: Verdict})]"""
-    judges = [
-        (r, tasks.judge_of(metadata["dataset_key"], metadata.get("prediction_template"), r))
+    graders = [
+        (r, tasks.make_grader(metadata["dataset_key"], metadata.get("prediction_template"), r))
         for r in ("paper", "flexible")
     ]
     judged = []
     for row in rows:
-        verdicts = {r: judge(row["completion"], row["answer"]) for r, judge in judges}
+        verdicts = {r: grader(row["completion"], row["answer"]) for r, grader in graders}
         asked = verdicts[rules]
         judged.append(
             (
@@ -675,7 +677,7 @@ def score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial
     rows = rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial)
     if not rows:
         raise UserError(f"{path} has no completion of part '{part}'")
-    judged = judge_rows(metadata, rows, rules)
+    judged = grade_rows(metadata, rows, rules)
 
     def percent(flags):
         return round(100 * sum(flags) / len(rows), 2)
@@ -721,7 +723,7 @@ def score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial
 # ---------------- Command line
 
 
-def find_device(name):
+def select_device(name):
     """-> torch.device; cuda if there is one and none is named, under torchrun one for each rank.  Raises UserError where it is not to be had."""
     import torch
 
@@ -765,7 +767,7 @@ def run_generate(args):
         )
     rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
     device, dtype = (
-        find_device(args.device),
+        select_device(args.device),
         {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32"),
     )
     if "RANK" in os.environ:  # under torchrun
@@ -796,7 +798,7 @@ def run_generate(args):
             for row, many in zip(rows, generated)
             for k, one in enumerate(many)
         ]
-        storage.write_whole(args.out, "".join(lines))
+        storage.write_atomic(args.out, "".join(lines))
         storage.remove_journals(args.out)
         print(f"wrote {len(lines)} completions to {args.out}")
     if (
@@ -865,13 +867,13 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """Run a command, and turn every error a user can mend into one sentence and a failing exit."""
-    storage.print_anything()
+    storage.escape_unencodable_output()
     try:
         (args := parse_args(argv)).run(args)
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except RuntimeError as e:
-        sys.exit(storage.lost_rank(e))
+        sys.exit(storage.peer_failure_message(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

@@ -28,7 +28,7 @@ from flags import (
     check,
     finetune_key,
     finetune_path,
-    is_elsewhere,
+    is_remote_teacher,
     parse_args,
     student_path,
     teacher_file,
@@ -36,7 +36,7 @@ from flags import (
     test_file,
     train_key,
 )
-from storage import UserError, base_model, is_made, write_completions
+from storage import UserError, model_key, completions_match, write_completions
 from tasks import FINE_TUNED, PROMPTED
 
 
@@ -80,7 +80,7 @@ def local_complete(args, model, tokenizer, family, path=None, method=None):
 
 def few_shot(args, method, settings):
     """-> the few-shot prompt that a method needs, if any; it is one of the settings of what is made with it."""
-    examples = evaluate.few_shot_examples(args.task, args.data) if method == "fs_cot" else ""
+    examples = evaluate.few_shot_prompt(args.task, args.data) if method == "fs_cot" else ""
     settings |= {"examples": storage.fingerprint(examples)} if examples else {}
     return examples
 
@@ -93,7 +93,7 @@ def sample(args):
     """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published.
     (In a grid the largest of its degrees; cells that want fewer take the first.)"""
     path, args = teacher_file(args), at_sample_degree(args)
-    if is_elsewhere(args):
+    if is_remote_teacher(args):
         return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
     settings = {
@@ -104,14 +104,12 @@ def sample(args):
         "seed": args.data_seed,
         "max_new_tokens": args.teacher_max_new_tokens,
         "samples": storage.fingerprint(samples),
-        "texts": tasks.texts_of(args.teacher_method, "decoder"),
+        "texts": tasks.template_fingerprint(args.teacher_method, "decoder"),
     }
     if args.teacher.startswith("hf:"):
-        import train_loop
-
         settings["model"] = storage.model_fingerprint(args.teacher[3:])
     examples = few_shot(args, args.teacher_method, settings)
-    if on_master(args, lambda: is_made("sample", args, path, settings)):
+    if on_master(args, lambda: completions_match("sample", args, path, settings)):
         return path
     data = evaluate.make_completions(
         teacher_complete(args),
@@ -172,7 +170,7 @@ def correct_rationales(args, path, train):
     template = metadata.get("prediction_template")
     rules = teacher.rules_of(args, metadata)
     judged = [
-        (row, tasks.judge(args.task, template, row.get("completion"), row["answer"], rules))
+        (row, tasks.grade(args.task, template, row.get("completion"), row["answer"], rules))
         for row in rows
     ]
     right = sum(verdict.correct for _, verdict in judged)
@@ -200,7 +198,7 @@ def curation(args, method):
         label_template(args, method),
         teacher_file(args),
     )
-    train, _ = tasks.set_aside(
+    train, _ = tasks.split_off_validation(
         tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.data_seed
     )
     if method == "ft_cot" and not completions.exists():
@@ -217,7 +215,7 @@ def curation(args, method):
         "train": storage.fingerprint(train),
         "template": template,
         "family": family,
-        "texts": tasks.texts_of(template, family),
+        "texts": tasks.template_fingerprint(template, family),
     }
     if method == "ft_cot":
         rules = teacher.rules_of(args, evaluate.read_completions(completions, args.task)[0])
@@ -239,7 +237,7 @@ def curate(args, method, write=True):
     made_from = path.with_suffix(".made_from.json")
     note = storage.read_json(made_from) if path.exists() and made_from.exists() else {}
     unchanged = bool(note) and note.get("sha256") == storage.file_sha256(path)
-    if unchanged and storage.is_current("curate", path, note.get("settings"), settings):
+    if unchanged and storage.settings_match("curate", path, note.get("settings"), settings):
         return path
     if not write:
         raise UserError(
@@ -275,9 +273,9 @@ def curate(args, method, write=True):
     if (
         path.exists() and not unchanged and path.read_bytes() != text.encode()
     ):  # not ours, or edited by hand
-        storage.keep_aside(path)
+        storage.move_to_backup(path)
     made_from.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
-    storage.write_whole(path, text)
+    storage.write_atomic(path, text)
     storage.write_json(
         made_from,
         {
@@ -304,7 +302,7 @@ def student_source(args):
     from data.toy import make_toy_student
 
     folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
-    with storage.held(folder, args.ranks.is_master, patience=60):
+    with storage.file_lock(folder, args.ranks.is_master, patience=60):
         if (
             args.ranks.is_master and not (folder / "tokenizer_config.json").exists()
         ):  # the last of its files
@@ -342,7 +340,7 @@ def train(args, method, data_file):
         raise UserError(
             f"--out {out} is the student itself: choose another folder, so that it is kept"
         )
-    state = on_master(args, lambda: storage.claim_student_folder(out, settings))
+    state = on_master(args, lambda: storage.prepare_output_dir(out, settings))
     if state == "finished":
         return out
     if (
@@ -354,7 +352,7 @@ def train(args, method, data_file):
             if state == "new" or evaluate.read_completions(old)[0].get("settings", {}).get(
                 "model"
             ) != storage.fingerprint(settings):
-                storage.keep_aside(old)
+                storage.move_to_backup(old)
     model, tokenizer, family = evaluate.load_model(source)
     if (
         f"P_{'decoder' if family == 'encoder_decoder' else 'encoder_decoder'}"
@@ -390,7 +388,7 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
     path = test_file(args, method, epoch)
     samples = tasks.load(args.task, args.data)
     train, indices = tasks.load_split(args.task, args.split, args.data)
-    rest, validation = tasks.set_aside(
+    rest, validation = tasks.split_off_validation(
         train, args.validation if method in FINE_TUNED else 0, args.data_seed
     )
     samples = [samples[i] for i in indices + validation]
@@ -400,14 +398,14 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
         "template": template,
         "max_new_tokens": args.max_new_tokens,
         "samples": storage.fingerprint(samples),
-        "texts": tasks.texts_of(template, family),
+        "texts": tasks.template_fingerprint(template, family),
     }
     k, temperature = args.eval_samples, args.eval_temperature if args.eval_samples > 1 else 0.0
     settings |= (
         {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
     )
     examples = few_shot(args, method, settings)
-    if not on_master(args, lambda: is_made("evaluate", args, path, settings)):
+    if not on_master(args, lambda: completions_match("evaluate", args, path, settings)):
         complete, start = (
             local_complete(args, model, tokenizer, family, path, method),
             time.perf_counter(),
@@ -425,7 +423,7 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
         )
         metadata = {
             "dataset_key": args.task,
-            "base_model": base_model(args.student),
+            "base_model": model_key(args.student),
             "completion_key": method,
             "finetune_key": finetune_key(args, method) if method in FINE_TUNED else None,
             "train_key": train_key(args, method) if method in FINE_TUNED else None,
@@ -470,8 +468,6 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
 def test_finished(args, method, out):
     """Score a finished student, or the untrained one for the methods that only prompt."""
     if method in PROMPTED:
-        import train_loop
-
         source = student_source(args)
         return test(
             args, method, *evaluate.load_model(source), None, storage.model_fingerprint(source)
@@ -553,17 +549,19 @@ def run(args):
     methods = args.method[-1:] if args.finetune_data else args.method
     fine_tuned = [method for method in methods if method in FINE_TUNED]
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in fine_tuned):
-        with storage.held(
-            teacher_file(args), args.ranks.is_master and not is_elsewhere(args)
+        with storage.file_lock(
+            teacher_file(args), args.ranks.is_master and not is_remote_teacher(args)
         ):  # the API has its journal
             sample(args)
-    if args.stage == "curate" and "ft_cot" in fine_tuned and is_elsewhere(args):
+    if args.stage == "curate" and "ft_cot" in fine_tuned and is_remote_teacher(args):
         teacher.publish_partial(at_sample_degree(args), teacher_file(args), teacher_metadata(args))
     results, curated = [], {}
     if "curate" in stages:
         for method in fine_tuned:
             path = finetune_path(args, method, family_of(args))
-            with storage.held(path, args.ranks.is_master, patience=60):  # other seeds may share it
+            with storage.file_lock(
+                path, args.ranks.is_master, patience=60
+            ):  # other seeds may share it
                 curated[method] = on_master(args, lambda: storage.file_sha256(curate(args, method)))
             if args.show:
                 filters.show(path, args.show)
@@ -579,7 +577,7 @@ def run(args):
             if args.label_style in tasks.API_FAMILIES:
                 batch.fine_tune(args, Path(data_file), batch.student(args, method)[0])
             else:
-                with storage.held(student_path(args, method), args.ranks.is_master):
+                with storage.file_lock(student_path(args, method), args.ranks.is_master):
                     train(args, method, Path(data_file))
         if "evaluate" in stages and args.label_style in tasks.API_FAMILIES:
             results.append(
@@ -590,14 +588,14 @@ def run(args):
                 )
             )
         elif "evaluate" in stages:
-            with storage.held(test_file(args, method, args.epochs), args.ranks.is_master):
+            with storage.file_lock(test_file(args, method, args.epochs), args.ranks.is_master):
                 results.append(test_finished(args, method, student_path(args, method)))
     return results
 
 
 def main(argv=None):
     """Check, run, and turn every error a user can mend into one sentence and a failing exit."""
-    storage.print_anything()
+    storage.escape_unencodable_output()
     cells = parse_args(argv)
     try:
         for args in cells:
@@ -607,7 +605,7 @@ def main(argv=None):
         if any(needs_torch(args) for args in cells):
             import train_loop
 
-            ranks = train_loop.setup_ranks(evaluate.find_device(cells[0].device))
+            ranks = train_loop.setup_ranks(evaluate.select_device(cells[0].device))
         elif os.environ.get("RANK", "0") != "0":
             return  # under torchrun: one process is enough
         for args in cells:
@@ -621,7 +619,7 @@ def main(argv=None):
     except (UserError, OSError) as e:
         sys.exit(f"error: {e}")
     except RuntimeError as e:
-        sys.exit(storage.lost_rank(e))
+        sys.exit(storage.peer_failure_message(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 

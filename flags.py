@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import tasks
-from storage import UserError, base_model, completion_path, safe_key
+from storage import UserError, model_key, completion_path, safe_key
 from tasks import API_FAMILIES, FINE_TUNED, PROMPTED
 
 # ---- parse
@@ -292,8 +292,8 @@ def check(args):
     if not (args.dry_run and args.task == "all"):
         tasks.find_task(args.task)
     for name, checked in (
-        (args.teacher.removeprefix("hf:"), base_model),
-        (args.student, base_model),
+        (args.teacher.removeprefix("hf:"), model_key),
+        (args.student, model_key),
         (args.split, safe_key),
         (args.train_key or "none", safe_key),
     ):
@@ -342,7 +342,7 @@ def check(args):
         raise UserError(
             "--shard spreads the weights over the ranks while training, so it cannot be evaluated in between: leave out --eval_every"
         )
-    if args.degree > 1 and not args.temperature and not is_elsewhere(args):
+    if args.degree > 1 and not args.temperature and not is_remote_teacher(args):
         raise UserError(
             f"--degree {args.degree} at --temperature 0 would give {args.degree} identical rationales: use --temperature 0.7"
         )
@@ -472,7 +472,7 @@ def check_teacher(args):
         )
     if (args.dry_run or args.batch) and args.stage != "sample" or args.dry_run and args.batch:
         raise UserError("--dry_run and --batch go with --stage sample, one at a time")
-    if (args.dry_run or args.batch) and not is_elsewhere(args):
+    if (args.dry_run or args.batch) and not is_remote_teacher(args):
         raise UserError(
             "--dry_run and --batch are for teachers behind an API: name one with --teacher"
         )
@@ -570,7 +570,7 @@ def has_api(args):
     return bool(os.environ.get("OPENAI_API_KEY", "").strip() or base_url(args))
 
 
-def is_elsewhere(args):
+def is_remote_teacher(args):
     """Whether the teacher is neither the toy nor a local model: its completions lie in --saved, or come through the API."""
     return args.teacher != "toy" and not args.teacher.startswith("hf:")
 
@@ -626,7 +626,7 @@ def run_suffix(args, method="ft_cot"):
     if method != "ft":
         parts += [f"{args.degree}aug"] if args.degree > 1 else []
         parts += (
-            [f"by_{base_model(args.teacher.removeprefix('hf:'))}"]
+            [f"by_{model_key(args.teacher.removeprefix('hf:'))}"]
             if args.teacher != args.usual["teacher"]
             else []
         )
@@ -684,7 +684,7 @@ def finetune_path(args, method, family):
 
 
 def teacher_name(args):
-    return "toy_teacher" if args.teacher == "toy" else base_model(args.teacher.removeprefix("hf:"))
+    return "toy_teacher" if args.teacher == "toy" else model_key(args.teacher.removeprefix("hf:"))
 
 
 def teacher_file(args):
@@ -702,7 +702,7 @@ def test_file(args, method, epoch):
         else [f"S_{args.split}{seed}"]
     )
     return completion_path(
-        args.saved, base_model(args.student), method, args.task, *parts, *samples_suffix(args)
+        args.saved, model_key(args.student), method, args.task, *parts, *samples_suffix(args)
     )
 
 
@@ -721,6 +721,6 @@ def student_path(args, method):
     return (
         Path(args.saved)
         / "models"
-        / f"B_{base_model(args.student)}"
+        / f"B_{model_key(args.student)}"
         / f"D_{args.task}__T_{train_key(args, method)}"
     )

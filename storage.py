@@ -27,7 +27,7 @@ class Interrupted(UserError):
     """The run was told to stop: nothing else is to be started."""
 
 
-def write_whole(path, text):
+def write_atomic(path, text):
     """Write text (str or bytes) to path through a temporary file and a rename, so no reader ever sees half of it.
 
     Raises OSError that names the path: that of a full disk does not by itself."""
@@ -51,10 +51,10 @@ def write_whole(path, text):
 
 def write_json(path, value):
     """The style of the published files: four spaces, ASCII only."""
-    write_whole(path, json.dumps(value, indent=4))
+    write_atomic(path, json.dumps(value, indent=4))
 
 
-def print_anything():
+def escape_unencodable_output():
     """Whatever the terminal's encoding: what it cannot show is printed as its number, not a reason to stop."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -99,7 +99,7 @@ def read_json(path):
     return value
 
 
-def whole_characters(text):
+def replace_lone_surrogates(text):
     """'a\\ud83d' -> 'a?': JSON may hold half a character (servers that stream send such), which no file or tokenizer takes."""
     return text.encode("utf-8", "replace").decode()
 
@@ -210,7 +210,7 @@ def remove_journals(path):
 # ---------------- Names of files (saved/README.md), from the flags of a run
 
 
-def base_model(name):
+def model_key(name):
     """What a model is called in file names: a folder by its last part, a hub name with its owner and without the slash."""
     return safe_key(
         Path(name).resolve().name
@@ -233,7 +233,7 @@ HELD = {}  # path -> the open lock file beside it
 
 
 @contextlib.contextmanager
-def held(path, wanted=True, patience=None):
+def file_lock(path, wanted=True, patience=None):
     """Within this, no other process holds path, a file or folder that is written here (unless not wanted).
 
     The lock is flock's on a hidden file beside it, so it is gone with its process, however that ends.  Waits `patience`
@@ -275,7 +275,7 @@ def lock_file(name, path, patience):
 
 
 @contextlib.contextmanager
-def within_memory(advice):
+def out_of_memory_hint(advice):
     """Turn an allocation that fails, on a GPU or CPU, into a UserError that says what to do."""
     try:
         yield
@@ -299,7 +299,7 @@ LOST_RANK = re.compile(
 )  # gloo; NCCL
 
 
-def lost_rank(error):
+def peer_failure_message(error):
     """-> what a rank says when another one has died.  Raises every other error again."""
     if not LOST_RANK.search(str(error)):
         raise error
@@ -311,7 +311,7 @@ NOT_WRITTEN = re.compile(
 )  # safetensors and tokenizers; torch
 
 
-def writing(path):
+def write_errors(path):
     """Within this, what a library raises where it cannot write becomes an OSError that names path (a full disk's does not by itself).
 
     Not an `except`: tokenizers raise Exception itself, and an `except` of that would take all others too."""
@@ -345,7 +345,7 @@ UNREADABLE = (
 
 
 @contextlib.contextmanager
-def damaged(path, remedy):
+def corrupt_file_errors(path, remedy):
     """Turn what reading a damaged file raises into a UserError that names it and says what to do."""
     try:
         yield
@@ -383,7 +383,7 @@ def model_fingerprint(name):
     return fingerprint(seen)
 
 
-def is_current(stage, path, old, new):
+def settings_match(stage, path, old, new):
     """Whether path was made with the settings `new`; says that it is skipped, or which settings changed."""
     if old == new:
         print(f"{stage}: {path} is there, made with the same settings: skipped")
@@ -407,7 +407,7 @@ def check_settings(path, old, wanted):
         )
 
 
-def keep_aside(path):
+def move_to_backup(path):
     """Move what is in the way, and cost something to make, to a free name beside it."""
     aside = next(
         p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.old{i}")).exists()
@@ -416,7 +416,7 @@ def keep_aside(path):
     print(f"what lay at {path} is kept as {aside}")
 
 
-def claim_student_folder(out, settings):
+def prepare_output_dir(out, settings):
     """Ready the folder of a student; -> "finished", "unfinished" (it can be resumed) or "new".  A finished student of other
     settings is kept aside; a stranger's folder, or an unfinished run with other settings, is refused."""
     note = read_json(out / "run.json") if (out / "run.json").exists() else None
@@ -428,14 +428,14 @@ def claim_student_folder(out, settings):
         print(f"train: going on with the unfinished run in {out}")
         return "unfinished"
     if note is not None:
-        if is_current("train", out, note.get("settings"), settings):
+        if settings_match("train", out, note.get("settings"), settings):
             return "finished"
         if not note.get("finished") and any(out.glob("checkpoint_*.pt")):
             raise UserError(
                 f"{out} holds an unfinished run with other settings (above): go on with its flags, choose another --train_key "
                 "or --out, or delete that folder"
             )
-        keep_aside(out)
+        move_to_backup(out)
     write_json(out / "run.json", {"finished": False, "settings": settings})
     return "new"
 
@@ -468,7 +468,7 @@ def read_finetune_data(path):
     return dict(
         zip(
             ("sample_index", "input", "label"),
-            [columns[0], *(list(map(whole_characters, c)) for c in columns[1:])],
+            [columns[0], *(list(map(replace_lone_surrogates, c)) for c in columns[1:])],
         )
     )
 
@@ -580,9 +580,9 @@ def read_completions(path, task=None):
     return metadata, rows
 
 
-def is_made(stage, args, path, settings):
+def completions_match(stage, args, path, settings):
     """Whether a completion file is there and was made with these settings."""
-    return path.exists() and is_current(
+    return path.exists() and settings_match(
         stage, path, read_completions(path, args.task)[0].get("settings"), settings
     )
 
@@ -590,7 +590,7 @@ def is_made(stage, args, path, settings):
 def write_completions(path, metadata, data):
     """Completions cost GPU hours or money: those made with other settings are kept aside."""
     if path.exists():
-        keep_aside(path)
+        move_to_backup(path)
     write_json(path, {"metadata": metadata, "data": data})
     remove_journals(path)
 

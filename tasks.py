@@ -5,7 +5,7 @@ answer cleansing: `judge` says whether a completion is right, by the paper's rul
 importing this module needs neither torch nor numpy.
 
     import tasks
-    tasks.judge("multiarith", "ft_cot_token", "3 + 4 = 7 --> 7", "7").correct     # True
+    tasks.grade("multiarith", "ft_cot_token", "3 + 4 = 7 --> 7", "7").correct     # True
 """
 
 import difflib
@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from storage import UserError, fingerprint, read_json, safe_key, whole_characters
+from storage import UserError, fingerprint, read_json, safe_key, replace_lone_surrogates
 
 
 # ---------------- Cleansing 1: the paper's rules, identical to the published evaluator
@@ -276,15 +276,15 @@ def flexible_prediction(rules, prefix, text):
     return rules.pick(text[begin:end], in_sentence, bool(announcements)), [f[1] for f in found]
 
 
-def judge(task, template, completion, answer, rules="paper"):
+def grade(task, template, completion, answer, rules="paper"):
     """-> Verdict on a completion of `task` that was prompted with `template`, against the gold answer.
 
     rules="paper" is identical to the published evaluator, quirks included; rules="flexible" reads as a careful person
     would.  Raises UserError for an unknown task, template or rule set, or a gold answer that cannot be read."""
-    return judge_of(task, template, rules)(completion, answer)
+    return make_grader(task, template, rules)(completion, answer)
 
 
-def judge_of(task, template, rules="paper"):
+def make_grader(task, template, rules="paper"):
     """-> function(completion, answer) -> Verdict: `judge` for many completions of one file, gold answers read once."""
     kind = find_task(task).kind
     if template not in PREFIXES:
@@ -316,6 +316,9 @@ def judge_of(task, template, rules="paper"):
         return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
 
     return verdict
+
+
+judge = grade  # the name that others call it by
 
 
 # ---------------- Prompt and label templates (paper §3 and the published code)
@@ -380,7 +383,7 @@ for (
     )
 
 
-def texts_of(template, family):
+def template_fingerprint(template, family):
     """-> 16 hex digits that change with the words of a template: what was made before it was edited is not made with it."""
     return fingerprint([TEMPLATES[template].get(family), COT_ANSWER])
 
@@ -404,7 +407,7 @@ def format_sample(template, family, question, rationale="", answer="", examples=
 
 def encode_prompt(tokenizer, family, prompt):
     """-> token ids of a prompt, with what the tokenizer puts first; a decoder's prompt is to be continued, so no EOS."""
-    ids = tokenizer(whole_characters(prompt))["input_ids"]
+    ids = tokenizer(replace_lone_surrogates(prompt))["input_ids"]
     return ids[:-1] if family == "decoder" and ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -495,7 +498,7 @@ def load_split(task, split="default", data_dir="data"):
     return train, test
 
 
-def set_aside(train, share, seed):
+def split_off_validation(train, share, seed):
     """-> (training indices without it, a share of them for validation)."""
     if not 0 <= share < 1:
         raise UserError(

@@ -29,9 +29,8 @@ from typing import NamedTuple
 import evaluate
 import storage
 import tasks
-from flags import base_url, has_api, is_elsewhere
+from flags import base_url, has_api
 from storage import UserError
-from tasks import API_FAMILIES
 
 ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
 
@@ -102,7 +101,7 @@ def read_reply(reply, api, n):
             raise BadReply(f"a choice without a message: {json.dumps(choice)[:200]}")
         reason, index, text = choice.get("finish_reason"), choice.get("index"), said.get("content")
         one = {
-            "completion": text and storage.whole_characters(text),
+            "completion": text and storage.replace_lone_surrogates(text),
             "finish_reason": reason if isinstance(reason, str) else None,
         }
         one |= {"refusal": str(said["refusal"])} if said.get("refusal") else {}
@@ -792,7 +791,7 @@ def summarise(run, samples, task, rules):
     data, _, missing = dataset(run.plan, samples, run.journal.rows)
     rows = [row for many in data.values() for row in many]
     right = sum(
-        tasks.judge(task, run.plan.template, row["completion"], row["answer"], rules).correct
+        tasks.grade(task, run.plan.template, row["completion"], row["answer"], rules).correct
         for row in rows
     )
     share = (
@@ -854,7 +853,7 @@ def teacher_samples(args):
 
 def teacher_plan(args):
     examples = (
-        evaluate.few_shot_examples(args.task, args.data) if args.teacher_method == "fs_cot" else ""
+        evaluate.few_shot_prompt(args.task, args.data) if args.teacher_method == "fs_cot" else ""
     )
     return Plan(
         args.teacher,
@@ -903,7 +902,7 @@ def sample(args, path, metadata):
             f"--degree {args.degree} at --temperature 0 would buy {args.degree} identical rationales: use --temperature 0.7"
         )
     metadata = with_settings(metadata, plan, samples)
-    if path.exists() and storage.is_current(
+    if path.exists() and storage.settings_match(
         "sample",
         path,
         evaluate.read_completions(path, args.task)[0].get("settings"),

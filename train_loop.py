@@ -36,15 +36,15 @@ from torch.nn.parallel import DistributedDataParallel
 from storage import (
     Interrupted,
     UserError,
-    damaged,
+    corrupt_file_errors,
     parse_json,
     progress,
     read_json,
     read_text,
-    within_memory,
+    out_of_memory_hint,
     write_json,
-    write_whole,
-    writing,
+    write_atomic,
+    write_errors,
 )
 from extras.cpu_training import PACKED, keep_freed_memory, training_kernels
 from tasks import encode_prompt
@@ -496,7 +496,7 @@ def save_checkpoint(out, setup, step, args, ranks):
         return
     path, temporary = (out / f"checkpoint_{step:08d}.{suffix}" for suffix in ("pt", "tmp"))
     try:
-        with writing(path), open(temporary, "wb") as f:
+        with write_errors(path), open(temporary, "wb") as f:
             torch.save(
                 {
                     "model": model,
@@ -519,7 +519,7 @@ def load_checkpoint(out, setup):
     """-> the step that the newest checkpoint had reached; 0 where there is none.  Weights and optimizer are set to it."""
     if not (paths := sorted(out.glob("checkpoint_*.pt"))):
         return 0
-    with damaged(
+    with corrupt_file_errors(
         paths[-1], "delete it, and the run goes on from the one before it or from the start"
     ):
         state = torch.load(
@@ -541,7 +541,7 @@ def save_student(setup, tokenizer, out, settings, args, ranks):
         weights.pop(name, None)
     temporary = out / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    with writing(temporary):
+    with write_errors(temporary):
         setup.model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
@@ -595,14 +595,14 @@ def start_log(path, step, args, settings, ranks):
             }
         ]
     if ranks.is_master:
-        write_whole(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+        write_atomic(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
     return [row for row in rows if "loss" in row]
 
 
 def log(out, ranks, **record):
     """Append a record to log.jsonl, on rank 0."""
     if ranks.is_master:
-        with writing(out / "log.jsonl"), open(out / "log.jsonl", "a") as f:
+        with write_errors(out / "log.jsonl"), open(out / "log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
 
 
@@ -639,7 +639,7 @@ def keep_best(out, score, model, tokenizer):
         return
     temporary, best = out / "best.tmp", out / f"best_epoch_{score['epoch']:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    with writing(temporary):
+    with write_errors(temporary):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     write_json(temporary / "best.json", {k: score[k] for k in ("epoch", "part", "accuracy", "n")})
@@ -720,7 +720,7 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
             for indices in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
                 step, batch = step + 1, [samples[i] for i in indices]
                 rate = learning_rate(step, steps, args)
-                with within_memory(
+                with out_of_memory_hint(
                     f" at step {step}: lower --micro_tokens or --micro_batch_size (same result), or use --gradient_checkpointing"
                 ):
                     loss, norm, size, stop = optimizer_step(

@@ -118,7 +118,7 @@ def import_completions(archive, saved):
             continue
         part = path.with_name(f".{name}.part")
         try:
-            storage.write_whole(part, content)
+            storage.write_atomic(part, content)
             read_completions(part)
             os.replace(part, path)
             yield f"{path}: {len(content):,} bytes"

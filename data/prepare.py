@@ -388,7 +388,7 @@ def put(file, out, make):
             f"{path} was not written because its content {wrong}: undo the change to its converter in data/prepare.py, "
             "or mend the sum in its row there"
         )
-    storage.write_whole(path, content)
+    storage.write_atomic(path, content)
     return True
 
 
@@ -450,7 +450,7 @@ def count_samples(key, out):
                 raise ValueError(
                     f"sample {i} needs sample_index {i} and texts as question and answer"
                 )
-            tasks.judge(
+            tasks.grade(
                 key, None, "", sample["answer"], "flexible"
             )  # raises UserError where its kind cannot read the gold answer
         return len(content["data"])
@@ -516,7 +516,7 @@ def main(argv=None):
         help="with --completions (default: saved/)",
     )
     args = parser.parse_args(argv)
-    storage.print_anything()
+    storage.escape_unencodable_output()
     if args.mirror and not args.mirror.is_dir():
         parser.error(
             f"there is no folder {args.mirror}: give --mirror the folder that holds <owner>/<repo>/<commit>/<path>"

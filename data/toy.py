@@ -8,7 +8,7 @@ import random
 import re
 
 import tasks
-from storage import writing
+from storage import write_errors
 from tasks import NAMES
 
 SIDES = {True: "heads", False: "tails"}
@@ -94,6 +94,6 @@ def make_toy_student(folder, seed):
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    with writing(folder):
+    with write_errors(folder):
         GPT2LMHeadModel(config).save_pretrained(folder)
         fast.save_pretrained(folder)

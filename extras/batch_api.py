@@ -337,7 +337,7 @@ def fine_tune(args, data_file, note_path):
     made_from = {"base_model": args.student, "sha256": storage.file_sha256(data_file)}
     note = storage.read_json(note_path) if note_path.exists() else {}
     if note and any(note.get(k) != v for k, v in made_from.items()):
-        storage.keep_aside(note_path)
+        storage.move_to_backup(note_path)
         note = {}
     note = note or made_from
     if not note.get("model"):
@@ -409,7 +409,7 @@ def student(args, method):
         (flags.finetune_key(args, method), flags.train_key(args, method)) if tuned else (None, None)
     )
     who = {
-        "base_model": storage.base_model(args.student),
+        "base_model": storage.model_key(args.student),
         "completion_key": method,
         "finetune_key": key,
         "train_key": run_key,
@@ -441,7 +441,7 @@ def test(args, template, note_path, path, who):
     _, indices = tasks.load_split(args.task, args.split, args.data)
     samples = tasks.load(args.task, args.data)
     samples = [samples[i] for i in indices]
-    examples = evaluate.few_shot_examples(args.task, args.data) if template == "fs_cot" else ""
+    examples = evaluate.few_shot_prompt(args.task, args.data) if template == "fs_cot" else ""
     plan = Plan(
         model,
         "chat" if family == "chat" else "completions",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tasks
 from extras import report as look
-from storage import UserError, write_whole
+from storage import UserError, write_atomic
 
 KINDS = {  # figure: (what of a run stands on the x axis, its title, whether its scale is logarithmic)
     "degree": ("degree", "D, rationales a question", True),
@@ -312,5 +312,5 @@ def plot(args):
     image = io.BytesIO()
     figure.savefig(image, format=form, dpi=150)
     pyplot.close(figure)
-    write_whole(args.out, image.getvalue())
+    write_atomic(args.out, image.getvalue())
     print(f"plot: {', '.join(panels)} -> {args.out}")

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import evaluate
 import tasks
-import storage
 from storage import UserError
 
 
@@ -78,7 +77,7 @@ def pass_at_k(n, correct, k):
 
 
 def by_question(judged, rules):
-    """-> {sample_index: [(prediction, right), ...] in order of completion}, of what evaluate.judge_rows gives"""
+    """-> {sample_index: [(prediction, right), ...] in order of completion}, of what evaluate.grade_rows gives"""
     questions = {}
     for row, outcome, verdicts in judged:
         questions.setdefault(row["sample_index"], []).append(
@@ -147,7 +146,7 @@ def diff(args):
     """Print the completions on which one file is right and the other is not, how many there are of each, and, over questions (by
     majority where they have several answers), the exact McNemar test."""
     files = [
-        evaluate.judge_rows(*evaluate.read_completions(path), args.rules)
+        evaluate.grade_rows(*evaluate.read_completions(path), args.rules)
         for path in (args.a, args.b)
     ]
     a, b = (
@@ -442,7 +441,7 @@ def print_completion(title, row, verdicts):
 
 def show(args):
     """Print some wrong, right and unreadable completions of a file."""
-    judged = evaluate.judge_rows(*evaluate.read_completions(args.file), args.rules)
+    judged = evaluate.grade_rows(*evaluate.read_completions(args.file), args.rules)
     for kind in ("wrong", "right", "unreadable"):
         found = [(row, verdicts) for row, outcome, verdicts in judged if outcome == kind]
         print(
@@ -477,7 +476,7 @@ def report(results, student, seed, saved):
         rows = [
             row for row in rows if row["sample_index"] not in (metadata.get("validation") or [])
         ]
-        judged += [(r["method"], *one) for one in evaluate.judge_rows(metadata, rows, "paper")]
+        judged += [(r["method"], *one) for one in evaluate.grade_rows(metadata, rows, "paper")]
     for outcome in ("right", "wrong"):
         for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
             print_completion(f"A {outcome} completion of {method}:", row, verdicts)

@@ -183,7 +183,7 @@ def test_paper_verdicts_are_those_of_an_oracle_that_reads_character_by_character
             any(same(c, gold) for c in found),
             not prefix or at >= 0,
         )
-        assert timed(tasks.judge, task, template, text, gold) == expected, (
+        assert timed(tasks.grade, task, template, text, gold) == expected, (
             task,
             template,
             text,
@@ -250,7 +250,7 @@ def test_flexible_rules_read_an_answer_that_is_stated_at_the_end_whatever_stands
             ]
         )
         verdict = timed(
-            tasks.judge,
+            tasks.grade,
             task,
             chance.choice(["ft_cot_token", None]),
             before * chance.choice([1, 1, 1, 300]) + announced + answer,
@@ -272,7 +272,7 @@ def test_flexible_rules_take_any_text(cases):
     for _ in range(cases):
         task = chance.choice(list(ORACLES))
         verdict = timed(
-            tasks.judge,
+            tasks.grade,
             task,
             chance.choice(list(tasks.PREFIXES)),
             random_text(chance),
@@ -320,7 +320,7 @@ def test_a_completion_of_ten_megabytes_is_judged_within_two_seconds(cases, rules
             else ("svamp", "last_letter_concatenation")
         ):
             timed(
-                tasks.judge,
+                tasks.grade,
                 task,
                 "ft_cot_token",
                 piece * (cases // len(piece.encode())),
@@ -397,7 +397,7 @@ PLAN_KEYS = [
 def read_scores(path):
     """Score it, look at it, and curate from it; -> the score, if it is one."""
     metadata, rows = evaluate.read_completions(path, "multiarith")
-    for row, _, verdicts in evaluate.judge_rows(metadata, rows, "paper"):
+    for row, _, verdicts in evaluate.grade_rows(metadata, rows, "paper"):
         look.print_completion("x", row, verdicts)
     s = evaluate.score(path, "all", data_dir=path.parent, allow_partial=True)
     teacher.rules_of(SimpleNamespace(rules=None), metadata)
@@ -419,7 +419,7 @@ def read_journal(path):
 
 
 def read_finished(path):
-    return files.claim_student_folder(path.parent, {"lr": 1.0, "epochs": 3})
+    return files.prepare_output_dir(path.parent, {"lr": 1.0, "epochs": 3})
 
 
 READERS = {  # name of the file: (its text when it is whole, what reads it)
@@ -442,7 +442,7 @@ READERS = {  # name of the file: (its text when it is whole, what reads it)
     ),
     "few_shot_cot_prompts.json": (
         '{"multiarith": {"prompt": "Q: 1\\nA: 1"}}',
-        lambda p: completions.few_shot_examples("multiarith", p.parent),
+        lambda p: completions.few_shot_prompt("multiarith", p.parent),
     ),
     "prompts.jsonl": (
         '{"prompt": "a", "max_new_tokens": 3}\n{"prompt": "b"}\n',
@@ -570,7 +570,7 @@ def spoil_bytes(chance, text):
 
 def lay_out(folder):
     for name, (text, _) in READERS.items():
-        files.write_whole(folder / name, text)
+        files.write_atomic(folder / name, text)
 
 
 def try_to_read(folder, name, content):
@@ -591,7 +591,7 @@ def test_spoilt_files_are_read_or_refused_with_one_sentence(
     name, cases, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(tasks.TASKS, "multiarith", tasks.TASKS["multiarith"]._replace(n=6))
-    files.print_anything()  # as the command lines do
+    files.escape_unencodable_output()  # as the command lines do
     lay_out(tmp_path)
     whole, refused = READERS[name][0], 0
     assert try_to_read(tmp_path, name, whole.encode()) is not None
@@ -629,7 +629,7 @@ def test_spoilt_files_are_read_or_refused_with_one_sentence(
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_cut_off_anywhere_is_refused_or_whole(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(tasks.TASKS, "multiarith", tasks.TASKS["multiarith"]._replace(n=6))
-    files.print_anything()  # as the command lines do
+    files.escape_unencodable_output()  # as the command lines do
     lay_out(tmp_path)
     whole = READERS[name][0].encode()
     for end in range(0, len(whole.rstrip()), 1 if len(whole) < 1500 else 7):
@@ -646,7 +646,7 @@ def test_a_line_of_ten_megabytes_is_read_or_refused_within_two_seconds(
     name, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(tasks.TASKS, "multiarith", tasks.TASKS["multiarith"]._replace(n=6))
-    files.print_anything()  # as the command lines do
+    files.escape_unencodable_output()  # as the command lines do
     lay_out(tmp_path)
     whole = READERS[name][0]
     for filler in (b"x", b"[", b'{"a":', b"\0", b" ", b"1,", b"\n", b'"'):

@@ -17,7 +17,6 @@ import tasks
 import evaluate as completions
 import storage as files
 from extras import report as look
-from data import toy
 from conftest import KINDS, ROOT, run, tiny_model, tiny_tokenizer
 from storage import UserError
 
@@ -300,10 +299,10 @@ def test_of_shorter_prompts_more_rows_are_decoded_side_by_side_in_as_many_tokens
     model_folder, monkeypatch
 ):
     model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
-    held, step = [], evaluate.next_logits
+    held, step = [], evaluate.decode_step
     monkeypatch.setattr(
         evaluate,
-        "next_logits",
+        "decode_step",
         lambda *a: held.append((len(a[2]), int(a[3]["positions"].sum()))) or step(*a),
     )
     evaluate.generate(model, tokenizer, family, ["x" * 150] * 8 + ["y" * 20] * 40, 64, batch_size=4)
@@ -360,8 +359,8 @@ def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch):
             UserError,
             match="rank 2 has no GPU of its own, there are 2: start as many ranks with torchrun, or add --device cpu",
         ):
-            evaluate.find_device(device)
-    assert evaluate.find_device("cpu") == torch.device("cpu")
+            evaluate.select_device(device)
+    assert evaluate.select_device("cpu") == torch.device("cpu")
 
 
 with_8_bits = pytest.mark.skipif(
@@ -471,7 +470,7 @@ def test_weights_are_the_same_bits_after_decoding_even_where_it_fails(
         list(map(id, model.parameters())),
     )
     evaluate.generate(model, tokenizer, family, PROMPTS, 3)
-    monkeypatch.setattr(evaluate, "next_logits", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluate, "decode_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.generate(model, tokenizer, family, PROMPTS, 3)
     assert (
@@ -618,7 +617,7 @@ def test_sampled_tokens_follow_the_softmax_of_the_model(top_p):
         logits = model(torch.tensor([[40, 41, 42]])).logits[0, -1]
     tokens = torch.cat(
         [
-            evaluate.pick_tokens(logits.expand(2000, -1), 0.7, [generator] * 2000, top_p)
+            evaluate.sample_tokens(logits.expand(2000, -1), 0.7, [generator] * 2000, top_p)
             for _ in range(draws // 2000)
         ]
     )
@@ -1065,12 +1064,12 @@ def test_show_and_diff_print_what_there_is_to_look_at(tmp_path, capsys):
 
 def test_the_table_has_a_row_for_the_epoch_chosen_on_the_validation_share(tmp_path):
     train, test = tasks.load_split("toy")
-    rest, aside = tasks.set_aside(train, 0.1, 0)
+    rest, aside = tasks.split_off_validation(train, 0.1, 0)
     assert (
         sorted(rest + aside) == train
         and len(aside) == 140
-        and aside != tasks.set_aside(train, 0.1, 1)[1]
-        and aside == tasks.set_aside(train, 0.1, 0)[1]
+        and aside != tasks.split_off_validation(train, 0.1, 1)[1]
+        and aside == tasks.split_off_validation(train, 0.1, 0)[1]
     )
     for epoch, on_test, on_validation in [(1, 2, 10), (2, 5, 4), (3, 3, 3)]:
         completion_file(

@@ -15,7 +15,6 @@ import evaluate
 import finetune_cot
 import tasks
 import storage as files
-from data import toy
 from conftest import ROOT, run, tiny_model
 
 

@@ -28,7 +28,6 @@ from extras import batch_api as batch
 import storage as files
 from data import prepare
 import teacher
-from data import toy
 from storage import UserError
 from test_finetune_cot import SMALL, contents, method, small_toy  # noqa: F401 (a fixture)
 from test_train_loop import ONE_RANK, arguments, toy_data, train_all
@@ -185,8 +184,8 @@ def test_completions_of_an_older_student_are_put_aside_even_where_a_kill_came_be
         tmp_path / "completion_data/B_toy_student__C_ft",
     )
     old = files.read_json(student / "run.json")["settings"]
-    files.keep_aside(student)
-    files.claim_student_folder(student, old | {"epochs": 1})  # and here the kill
+    files.move_to_backup(student)
+    files.prepare_output_dir(student, old | {"epochs": 1})  # and here the kill
     method(capsys, *flags, "--epochs", 1)
     assert sorted(p.name for p in folder.iterdir()) == [
         "D_toy__T_ft__E_001.json",
@@ -305,7 +304,7 @@ def test_a_cache_there_is_no_memory_for_names_the_flag_too(monkeypatch):
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():
-    with pytest.raises(RuntimeError, match="shape"), files.within_memory(""):
+    with pytest.raises(RuntimeError, match="shape"), files.out_of_memory_hint(""):
         raise RuntimeError("shape mismatch")
 
 
@@ -421,7 +420,7 @@ def test_a_pipeline_that_is_killed_twice_ends_as_if_left_alone(tmp_path, monkeyp
 
 # ---------------------------------------------------------------- two at once
 
-HOLDER = "import sys, time\nimport storage as files\nwith files.held(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+HOLDER = "import sys, time\nimport storage as files\nwith files.file_lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
 
 
 def test_a_second_run_on_the_same_output_is_refused_and_a_killed_first_one_leaves_no_lock(

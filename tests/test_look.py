@@ -17,7 +17,6 @@ import storage as files
 from extras import filters
 from extras import report as look
 from extras import plot
-from data import toy
 from storage import UserError
 from conftest import ROOT
 
@@ -489,7 +488,7 @@ def test_filters_that_leave_nothing_are_refused():
 
 def test_unfiltered_rationales_keep_their_teacher_s_answer(capsys):
     judged = [
-        ({"sample_index": i, "answer": "7"}, tasks.judge("svamp", "zs_cot", text, "7"))
+        ({"sample_index": i, "answer": "7"}, tasks.grade("svamp", "zs_cot", text, "7"))
         for i, text in enumerate([" 7.", " 8.", " no idea", " 7", " 9.5"])
     ]
 

@@ -152,7 +152,7 @@ def world(monkeypatch):
 @pytest.fixture
 def mirror(world, tmp_path):
     for path, content in RAW.items():
-        files.write_whole(tmp_path / "mirror" / path, content)
+        files.write_atomic(tmp_path / "mirror" / path, content)
     return tmp_path / "mirror"
 
 
@@ -549,7 +549,7 @@ def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
 
 
 def test_whole_part_is_taken_when_the_last_run_stopped_before_the_renaming(server, tmp_path):
-    files.write_whole(tmp_path / "raw/me/coins/c0ffee/coins.json.part", COINS)
+    files.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", COINS)
     assert run(tmp_path, "coin_flip") == 0
     assert not list(tmp_path.rglob("*.part"))
 
@@ -557,7 +557,7 @@ def test_whole_part_is_taken_when_the_last_run_stopped_before_the_renaming(serve
 @pytest.mark.parametrize("part", [b"", b"rubbish", b"x" * (len(COINS) + 1)])
 def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_path, capsys, part):
     server["files"]["me/coins/c0ffee/coins.json"] = COINS if part else COINS[::-1]
-    files.write_whole(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
+    files.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
     assert run(tmp_path, "coin_flip") == 1
     assert "thrown away" in error_of(capsys) and files_under(tmp_path) == []
     server["files"] = dict(RAW)
@@ -566,7 +566,7 @@ def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_
 
 def test_damaged_raw_file_of_an_earlier_run_is_named(server, tmp_path, capsys):
     path = tmp_path / "raw/me/coins/c0ffee/coins.json"
-    files.write_whole(path, COINS[:-1])
+    files.write_atomic(path, COINS[:-1])
     assert run(tmp_path, "coin_flip") == 1
     assert f"{path} has SHA-256" in (error := error_of(capsys)) and "delete it" in error
 
@@ -627,7 +627,7 @@ def test_full_disk_is_one_sentence(mirror, tmp_path, capsys, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_whole", full)
+    monkeypatch.setattr(files, "write_atomic", full)
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
     assert "coin_flip.json cannot be read or written (No space left on device)" in error_of(capsys)
 
@@ -645,7 +645,7 @@ def riddles(world, monkeypatch, tmp_path):
         tasks.TASKS["toy"]._replace(key="riddles", n=999, train=0, test=0, split="random"),
     )
     path = tmp_path / "dataset/riddles.json"
-    files.write_whole(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
+    files.write_atomic(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
     return path
 
 

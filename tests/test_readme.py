@@ -95,7 +95,7 @@ def test_the_readme_s_task_recipe_is_one_row_that_works(monkeypatch):
     row = eval(re.search(r"^ +`(Task\(.*\)),`", README, re.M)[1], vars(tasks))
     monkeypatch.setitem(tasks.TASKS, row.key, row)
     assert (row.train, row.test) == tuple(map(len, tasks.default_split(row.key)))
-    assert tasks.judge(row.key, "ft_cot_token", "2 + 3 = 5 --> 5", "5.0").correct
+    assert tasks.grade(row.key, "ft_cot_token", "2 + 3 = 5 --> 5", "5.0").correct
 
 
 @pytest.mark.parametrize("page", ["README.md", "saved/README.md", "data/README.md"])

@@ -40,7 +40,7 @@ def test_paper_rules_agree_with_the_published_evaluator_on_every_vector(shared):
     ]
     assert len(rows) == 4000
     for row in rows:
-        verdict = tasks.judge(
+        verdict = tasks.grade(
             row["dataset_key"], row["prediction_template"], row["completion"], row["answer"]
         )
         for field in tasks.Verdict._fields:
@@ -75,7 +75,7 @@ def test_paper_rules_agree_with_the_published_evaluator_on_every_vector(shared):
 def test_paper_rules_on_the_quirks_one_should_know(
     task, template, completion, answer, prediction, correct
 ):
-    verdict = tasks.judge(task, template, completion, answer)
+    verdict = tasks.grade(task, template, completion, answer)
     assert (verdict.prediction, verdict.correct) == (prediction, correct)
 
 
@@ -198,7 +198,7 @@ def test_flexible_rules_read_what_a_careful_person_would(task, template, complet
         "coin_flip": "yes",
         "last_letter_concatenation": "yajo",
     }[task]
-    verdict = tasks.judge(task, template, completion, gold, rules="flexible")
+    verdict = tasks.grade(task, template, completion, gold, rules="flexible")
     assert verdict.prediction == expected
     if expected is None:
         assert not verdict.correct  # no answer is wrong, and never 0 or ""
@@ -216,11 +216,11 @@ def test_flexible_rules_read_what_a_careful_person_would(task, template, complet
     ],
 )
 def test_flexible_rules_compare_by_value(task, completion, answer):
-    assert tasks.judge(task, None, completion, answer, rules="flexible").correct
+    assert tasks.grade(task, None, completion, answer, rules="flexible").correct
 
 
 def test_a_null_completion_is_no_answer():
-    assert tasks.judge("gsm8k", "zs", None, "5").prediction is None
+    assert tasks.grade("gsm8k", "zs", None, "5").prediction is None
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_null_completion_is_no_answer():
 )
 def test_judge_refuses_what_it_does_not_know(arguments, message):
     with pytest.raises(UserError, match=message):
-        tasks.judge(*arguments)
+        tasks.grade(*arguments)
 
 
 # ---------------------------------------------------------------- the table, splits, templates
@@ -330,7 +330,7 @@ def test_a_family_without_a_template_is_told_which_there_are():
 @pytest.mark.parametrize("template, prefix", [(t, p) for t, p in tasks.PREFIXES.items() if p])
 def test_labels_hold_the_prefix_that_scoring_looks_for(template, prefix):
     if template in ("ft_cot_token", "ft_cot_natural"):
-        assert tasks.judge(
+        assert tasks.grade(
             "gsm8k", template, tasks.format_sample(template, "decoder", "q", "r 1", "2")[1], "2"
         ).correct_format
 
@@ -407,14 +407,14 @@ def test_names_that_would_leave_their_folder_are_refused(name):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    files.write_whole(tmp_path / "f", "old")
+    files.write_atomic(tmp_path / "f", "old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        files.write_whole(tmp_path / "f", "new")
+        files.write_atomic(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old" and os.listdir(tmp_path) == ["f"]
 
 

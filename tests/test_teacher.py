@@ -523,7 +523,7 @@ def test_an_unfinished_or_missing_rationale_is_stored_without_a_second_turn_and_
         for row in odd
     )
     assert not any(
-        tasks.judge("toy", "zs_cot", row["completion"], row["answer"], rules).correct
+        tasks.grade("toy", "zs_cot", row["completion"], row["answer"], rules).correct
         for row in odd
         for rules in ("paper", "flexible")
     )
@@ -558,7 +558,7 @@ def test_a_refusal_is_a_row_with_its_reason(server, ask):
     )
     assert ask("--concurrency", 1)[0] is None
     row = rows(ask.file)[0]
-    assert (row["completion"], row["refusal"]) == ("", "I cannot") and not tasks.judge(
+    assert (row["completion"], row["refusal"]) == ("", "I cannot") and not tasks.grade(
         "toy", "zs_cot_one_step", row["completion"], row["answer"]
     ).correct
 

@@ -846,11 +846,11 @@ def test_an_unfinished_run_is_not_resumed_with_other_settings_and_its_flags_are_
 ):
     import storage as files
 
-    assert files.claim_student_folder(tmp_path / "out", {"lr": 1, "seed": 0}) == "new"
+    assert files.prepare_output_dir(tmp_path / "out", {"lr": 1, "seed": 0}) == "new"
     (tmp_path / "out" / "checkpoint_00000003.pt").write_bytes(b"x")
-    assert files.claim_student_folder(tmp_path / "out", {"lr": 1, "seed": 0}) == "unfinished"
+    assert files.prepare_output_dir(tmp_path / "out", {"lr": 1, "seed": 0}) == "unfinished"
     with pytest.raises(UserError, match="unfinished run with other settings"):
-        files.claim_student_folder(tmp_path / "out", {"lr": 2, "seed": 0})
+        files.prepare_output_dir(tmp_path / "out", {"lr": 2, "seed": 0})
     assert (
         "settings changed (lr 1 -> 2)" in capsys.readouterr().out
         and (tmp_path / "out" / "checkpoint_00000003.pt").exists()
