@@ -24,10 +24,9 @@ from storage import UserError, read_completions, read_prompts
 
 # ---------------- Local models
 
-CPU_ROWS, GPU_ROWS = (
-    96,
-    512,
-)  # decoded at once: on a CPU 64 of a small model take 12% longer, 128 are no faster
+# decoded at once: on a CPU 64 of a small model take 12% longer, 128 are no faster
+CPU_ROWS = 96
+GPU_ROWS = 512
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -131,7 +130,8 @@ def prefill(model, family, prompts, pad_id):
     0 after the padding.  Encoder-decoders: padded on the right, the encoder runs once."""
     import torch
 
-    left, width = family == "decoder", max(map(len, prompts))
+    left = family == "decoder"
+    width = max(map(len, prompts))
 
     def padded(rows, value):
         return torch.tensor(
@@ -142,10 +142,9 @@ def prefill(model, family, prompts, pad_id):
             device=model.device,
         )
 
-    ids, state = (
-        padded(prompts, pad_id),
-        {"attention_mask": padded([[1] * len(p) for p in prompts], 0)},
-    )  # (B, T)
+    # (B, T)
+    ids = padded(prompts, pad_id)
+    state = {"attention_mask": padded([[1] * len(p) for p in prompts], 0)}
     if left:
         last = (
             {"logits_to_keep": 1}
@@ -211,7 +210,8 @@ def prefill_in_chunks(model, family, rows, pad_id):
     padding, small buffers.  A prompt is read once for all its rows.  Yields (rows, logits (b, V), state, the place there of each row) of each part."""
     from extras import cpu_decoding as decoding
 
-    parts, most = [], 512 if model.device.type == "cpu" else sys.maxsize
+    parts = []
+    most = 512 if model.device.type == "cpu" else sys.maxsize
     for row in rows:
         read = {r["index"] for r in parts[-1]} if parts else ()
         if (
@@ -225,7 +225,8 @@ def prefill_in_chunks(model, family, rows, pad_id):
         prompts = {row["index"]: row["ids"] for row in part}
         logits, state = prefill(model, family, list(prompts.values()), pad_id)
         if not decoding.can_be_paged(state) and len(parts) > 1:  # they could not be put together
-            part, prompts = rows, {row["index"]: row["ids"] for row in rows}
+            part = rows
+            prompts = {row["index"]: row["ids"] for row in rows}
             logits, state = prefill(model, family, list(prompts.values()), pad_id)
         places = {index: place for place, index in enumerate(prompts)}
         yield part, logits, state, [places[row["index"]] for row in part]
@@ -302,29 +303,34 @@ def decode(
     pad_id = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     )
-    rows, tokens, state = [], [], None
+    rows = []
+    tokens = []
+    state = None
     while rows or waiting:
         if waiting and (not rows or decoding.can_start_late(model, family, state)):
             number = choose_entering(rows, tokens, waiting, most, budget)
-            entering, waiting = waiting[:number], waiting[number:]
+            entering = waiting[:number]
+            waiting = waiting[number:]
             for part, more, read, places in prefill_in_chunks(model, family, entering, pad_id):
                 state = decoding.enter(state if rows else None, read, places, budget)
                 logits = torch.cat([logits, more[places]]) if rows else more[places]
-                rows, tokens = rows + part, tokens + [[] for _ in part]
+                rows = rows + part
+                tokens = tokens + [[] for _ in part]
                 kernels.give_freed_memory_back()  # reading takes ten times what a step takes
         if likeliest:
             best, picked = likeliest(logits)
         else:
-            best, picked = (
-                logits.amax(-1),
-                sample_tokens(logits.float(), temperature, [row["random"] for row in rows], top_p),
+            best = logits.amax(-1)
+            picked = sample_tokens(
+                logits.float(), temperature, [row["random"] for row in rows], top_p
             )
         if len(broken := (~best.isfinite()).nonzero()):
             raise UserError(
                 f"prompt {rows[broken[0]]['index']}: the model's logits are not numbers (NaN or infinite) at new token "
                 f"{len(tokens[broken[0]]) + 1}: its weights are damaged, or too large for this --precision"
             )
-        ended, going = [], []
+        ended = []
+        going = []
         for place, (row, new, token) in enumerate(zip(rows, tokens, picked.tolist())):
             new.append(token)
             at_end = token in eos or len(new) >= row["limit"]
@@ -342,11 +348,9 @@ def decode(
                 going.append(place)
         if ended:
             yield from ended
-            rows, tokens, picked = (
-                [rows[place] for place in going],
-                [tokens[place] for place in going],
-                picked[going],
-            )
+            rows = [rows[place] for place in going]
+            tokens = [tokens[place] for place in going]
+            picked = picked[going]
         if rows:
             if ended:
                 state = decoding.take(state, going)
@@ -370,10 +374,8 @@ def fit_context_window(model, family, ids, limits, too_long):
                 f"prompt {i} has {len(row)} tokens: it needs at least 1 and, in this model, fewer than {positions}"
             )
         fitting.append((row, min(limit, max(0, positions - len(row)))))
-    less, none = (
-        sum(new < old for (_, new), old in zip(fitting, limits)),
-        sum(not new for _, new in fitting),
-    )
+    less = sum(new < old for (_, new), old in zip(fitting, limits))
+    none = sum(not new for _, new in fitting)
     return fitting, less and (
         f"the model has {positions} positions: {less} of {len(ids)} prompts get fewer new tokens than asked, "
         f"{none} none"
@@ -412,7 +414,8 @@ def weight_checksums(model):
     import torch
     from extras import cpu_training as kernels
 
-    sums, mapped = [], kernels.mapped_files()
+    sums = []
+    mapped = kernels.mapped_files()
     for weight in model.parameters():  # in parts, as torch makes doubles of all it sums
         sums.append(
             sum(
@@ -454,7 +457,9 @@ def generate(
     shares, rank = gather(remark)
     if remark and rank == 0:
         print(remark)
-    settings, journals, done = [temperature, top_p, stop, seed], [], {}
+    settings = [temperature, top_p, stop, seed]
+    journals = []
+    done = {}
     if journal:  # a row may be taken from there if the weights and all else are the same
         settings += weight_checksums(model)
         journals, done = open_journals(journal, rank, len(shares))
@@ -488,7 +493,9 @@ def generate(
         for k in range(n)
         if keys[i, k] not in done
     ]
-    was_training, fresh, size = model.training, {}, default_size(model)
+    was_training = model.training
+    fresh = {}
+    size = default_size(model)
     model.eval()
     if model.device.type == "cpu":
         kernels.keep_freed_memory(2**25)  # larger blocks are weights
@@ -638,8 +645,10 @@ def rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial):
 
 def wilson(correct, n, z=1.959964):
     """-> (low, high): the 95% Wilson score interval of a share, in percent; honest at 0% and 100% too."""
-    share, z2 = correct / n, z * z / n
-    middle, half = share + z2 / 2, z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
+    share = correct / n
+    z2 = z * z / n
+    middle = share + z2 / 2
+    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
     return 100 * max(0.0, middle - half) / (1 + z2), 100 * min(1 + z2, middle + half) / (1 + z2)
 
 
@@ -682,10 +691,8 @@ def score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial
     def percent(flags):
         return round(100 * sum(flags) / len(rows), 2)
 
-    correct, questions = (
-        sum(outcome == "right" for _, outcome, _ in judged),
-        len({row["sample_index"] for row in rows}),
-    )
+    correct = sum(outcome == "right" for _, outcome, _ in judged)
+    questions = len({row["sample_index"] for row in rows})
     low, high = wilson(
         correct * questions / len(rows), questions
     )  # several answers to a question are not independent
@@ -766,10 +773,8 @@ def run_generate(args):
             "--samples, --top_p above 0 and at most 1, --stop not empty"
         )
     rows, prompts, limits = read_prompts(args.prompts, args.max_new_tokens)
-    device, dtype = (
-        select_device(args.device),
-        {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32"),
-    )
+    device = select_device(args.device)
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(args.precision, "float32")
     if "RANK" in os.environ:  # under torchrun
         import torch
 

@@ -92,7 +92,8 @@ def at_sample_degree(args):
 def sample(args):
     """Write the teacher's completion dataset: --degree rationales for every sample of the task, train and test, as published.
     (In a grid the largest of its degrees; cells that want fewer take the first.)"""
-    path, args = teacher_file(args), at_sample_degree(args)
+    path = teacher_file(args)
+    args = at_sample_degree(args)
     if is_remote_teacher(args):
         return on_master(args, lambda: teacher.sample(args, path, teacher_metadata(args)))
     samples = tasks.load(args.task, args.data)
@@ -193,11 +194,9 @@ def correct_rationales(args, path, train):
 
 def curation(args, method):
     """-> (path of the fine-tuning file, the settings it is to be made with, training indices)."""
-    family, template, completions = (
-        family_of(args),
-        label_template(args, method),
-        teacher_file(args),
-    )
+    family = family_of(args)
+    template = label_template(args, method)
+    completions = teacher_file(args)
     train, _ = tasks.split_off_validation(
         tasks.load_split(args.task, args.split, args.data)[0], args.validation, args.data_seed
     )
@@ -253,7 +252,8 @@ def curate(args, method, write=True):
             f"{teacher_file(args)} was replaced by another run while it was read: start the same command again"
         )
     rationales = [filters.rationale_of(row) if method == "ft_cot" else "" for row in kept]
-    template, family = settings["template"], settings["family"]
+    template = settings["template"]
+    family = settings["family"]
     pairs = [
         tasks.format_sample(template, family, row["question"], r, row["answer"])
         for row, r in zip(kept, rationales)
@@ -330,7 +330,8 @@ def train(args, method, data_file):
     import train_loop
 
     data = storage.read_finetune_data(data_file)
-    out, source = student_path(args, method), student_source(args)
+    out = student_path(args, method)
+    source = student_source(args)
     settings = {
         "student": storage.model_fingerprint(source),
         "finetune_data": storage.file_sha256(data_file),
@@ -400,16 +401,15 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
         "samples": storage.fingerprint(samples),
         "texts": tasks.template_fingerprint(template, family),
     }
-    k, temperature = args.eval_samples, args.eval_temperature if args.eval_samples > 1 else 0.0
+    k = args.eval_samples
+    temperature = args.eval_temperature if args.eval_samples > 1 else 0.0
     settings |= (
         {"samples_a_question": k, "temperature": temperature, "seed": args.seed} if k > 1 else {}
     )
     examples = few_shot(args, method, settings)
     if not on_master(args, lambda: completions_match("evaluate", args, path, settings)):
-        complete, start = (
-            local_complete(args, model, tokenizer, family, path, method),
-            time.perf_counter(),
-        )
+        complete = local_complete(args, model, tokenizer, family, path, method)
+        start = time.perf_counter()
         data = evaluate.make_completions(
             complete,
             samples,
@@ -437,7 +437,8 @@ def test(args, method, model, tokenizer, family, epoch, made_by):
         }
         if args.ranks.is_master:
             write_completions(path, metadata, data)
-        seconds, log = time.perf_counter() - start, student_path(args, method) / "log.jsonl"
+        seconds = time.perf_counter() - start
+        log = student_path(args, method) / "log.jsonl"
         trained = [
             row["seconds"]
             for row in (storage.read_jsonl(log) if log.exists() else [])
@@ -476,10 +477,8 @@ def test_finished(args, method, out):
     if not note.get("finished") or not isinstance(note.get("settings"), dict):
         raise UserError(f"there is no finished student in {out}: run --stage train")
     if not args.out:  # one of --out may have been trained on any file, with any flags
-        data_file, wanted = (
-            finetune_path(args, method, family_of(args)),
-            {k: getattr(args, k) for k in TRAINED_WITH},
-        )
+        data_file = finetune_path(args, method, family_of(args))
+        wanted = {k: getattr(args, k) for k in TRAINED_WITH}
         if (
             args.stage == "evaluate"
             and data_file.exists()
@@ -555,7 +554,8 @@ def run(args):
             sample(args)
     if args.stage == "curate" and "ft_cot" in fine_tuned and is_remote_teacher(args):
         teacher.publish_partial(at_sample_degree(args), teacher_file(args), teacher_metadata(args))
-    results, curated = [], {}
+    results = []
+    curated = {}
     if "curate" in stages:
         for method in fine_tuned:
             path = finetune_path(args, method, family_of(args))

@@ -120,7 +120,8 @@ class Journal:
     def __init__(self, path):
         import fcntl
 
-        self.path, self.rows = Path(path), {}
+        self.path = Path(path)
+        self.rows = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = open(
             self.path, "ab+"
@@ -238,7 +239,8 @@ def file_lock(path, wanted=True, patience=None):
 
     The lock is flock's on a hidden file beside it, so it is gone with its process, however that ends.  Waits `patience`
     seconds (None: PATIENCE) for another holder, then raises UserError."""
-    path, ours = Path(path).resolve(), False
+    path = Path(path).resolve()
+    ours = False
     if wanted and path not in HELD:  # the stages of one process may share a file
         HELD[path], ours = (
             lock_file(path.with_name(f".{path.name[:200]}.lock"), path, patience or PATIENCE),
@@ -540,7 +542,8 @@ def read_completions(path, task=None):
 
     Raises UserError where it is not one, is another task's, or holds a completion twice."""
     content = read_json(path)
-    metadata, data = content.get("metadata"), content.get("data")
+    metadata = content.get("metadata")
+    data = content.get("data")
     if (
         not isinstance(metadata, dict)
         or not isinstance(data, dict)

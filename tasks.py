@@ -293,7 +293,8 @@ def make_grader(task, template, rules="paper"):
         )
     if rules not in ("paper", "flexible"):
         raise UserError(f"there are no {rules!r} rules: choose paper or flexible")
-    prefix, reading = PREFIXES[template], getattr(kind, rules)
+    prefix = PREFIXES[template]
+    reading = getattr(kind, rules)
     predict = paper_prediction if rules == "paper" else flexible_prediction
     read_gold = functools.cache(reading.gold)
 
@@ -421,14 +422,13 @@ def load(task, data_dir="data"):
     row = find_task(task)
     if row.key == "toy":
         return toy_samples(row.n)
-    path, remedy = (
-        Path(data_dir) / "dataset" / f"{row.key}.json",
-        f"make it with `python data/prepare.py {row.key}`",
-    )
+    path = Path(data_dir) / "dataset" / f"{row.key}.json"
+    remedy = f"make it with `python data/prepare.py {row.key}`"
     if not path.exists():
         raise UserError(f"{path} is missing: {remedy}")
     content = read_json(path)
-    metadata, samples = content.get("metadata"), content.get("data")
+    metadata = content.get("metadata")
+    samples = content.get("data")
     if not isinstance(samples, list) or not samples or not isinstance(metadata, dict):
         raise UserError(
             f'{path} is not a dataset, {{"metadata": {{...}}, "data": [samples]}}: {remedy}'
@@ -461,7 +461,8 @@ def default_split(task, n=None):
         return sorted(np.random.RandomState(0).permutation(first_test)[: row.train].tolist()), list(
             range(first_test, n)
         )
-    order, cut = np.random.RandomState(0).permutation(n).tolist(), round(0.7 * n)
+    order = np.random.RandomState(0).permutation(n).tolist()
+    cut = round(0.7 * n)
     return sorted(order[:cut]), sorted(order[cut:])
 
 

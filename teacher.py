@@ -35,10 +35,9 @@ from storage import UserError
 ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
-BACKOFF, LONGEST_BACKOFF = (
-    0.5,
-    30.0,
-)  # s: random waits of up to 0.5, 1, 2, ... before the next attempt
+# s: random waits of up to 0.5, 1, 2, ... before the next attempt
+BACKOFF = 0.5
+LONGEST_BACKOFF = 30.0
 LONGEST_PAUSE = 900.0  # s that all workers wait while the server says 429, then the run stops
 MOST_429 = 50  # of one request, which may be too large for the limit
 FIRST_REFUSALS = (
@@ -99,14 +98,17 @@ def read_reply(reply, api, n):
         said = said if api == "chat" else {"content": said}
         if not isinstance(said, dict) or not isinstance(said.get("content"), str | None):
             raise BadReply(f"a choice without a message: {json.dumps(choice)[:200]}")
-        reason, index, text = choice.get("finish_reason"), choice.get("index"), said.get("content")
+        reason = choice.get("finish_reason")
+        index = choice.get("index")
+        text = said.get("content")
         one = {
             "completion": text and storage.replace_lone_surrogates(text),
             "finish_reason": reason if isinstance(reason, str) else None,
         }
         one |= {"refusal": str(said["refusal"])} if said.get("refusal") else {}
         found.setdefault(index if type(index) is int else place, one)
-    usage, model = reply.get("usage"), reply.get("model")
+    usage = reply.get("usage")
+    model = reply.get("model")
     counts = [
         usage.get(k) if isinstance(usage, dict) else None
         for k in ("prompt_tokens", "completion_tokens")
@@ -185,7 +187,8 @@ ROW_TYPES = {
 def check_journal(journal):
     """Raise UserError for a row that this program did not write: nothing may be bought, or scored, because of it."""
     for key, row in journal.rows.items():
-        usage, is_answer = row.get("usage"), "error" not in row
+        usage = row.get("usage")
+        is_answer = "error" not in row
         if (
             not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items())
             or is_answer
@@ -209,17 +212,28 @@ class Run:
     """What the workers share: journal, pace, budget, counts, and why the run ends.  Use it inside `async with`."""
 
     def __init__(self, args, plan, path):
-        self.args, self.plan, self.client = args, plan, make_client(args)
+        self.args = args
+        self.plan = plan
+        self.client = make_client(args)
         self.journal = storage.Journal(path.with_suffix(".journal.jsonl"))
         self.failures = storage.Journal(path.with_suffix(".failures.jsonl"))
         for journal in (self.journal, self.failures):
             check_journal(journal)
-        self.failed_keys, self.unwritten = set(), queue.Queue()
-        self.started, self.requests, self.refusals = time.monotonic(), 0, []
-        self.reason, self.stopped = None, asyncio.Event()  # why it ends
+        self.failed_keys = set()
+        self.unwritten = queue.Queue()
+        self.started = time.monotonic()
+        self.requests = 0
+        self.refusals = []
+        # why it ends
+        self.reason = None
+        self.stopped = asyncio.Event()
         self.not_before = self.next_turn = 0.0  # pace
-        self.paused_since, self.pauses, self.turns = None, 0, asyncio.Lock()
-        self.reserved, self.released = 0.0, asyncio.Condition()  # budget, dollars
+        self.paused_since = None
+        self.pauses = 0
+        self.turns = asyncio.Lock()
+        # budget, dollars
+        self.reserved = 0.0
+        self.released = asyncio.Condition()
         self.tokens = totals(self.journal.rows.values())
         self.spent = dollars(args, self.tokens["prompt_tokens"], self.tokens["completion_tokens"])
         # Attempts without a reply, and replies without usage, may have been billed: their most counts as spent.
@@ -288,7 +302,8 @@ class Run:
         """All workers wait: as long as the server asks, or longer from pause to pause.  Ends the run where that is too long."""
         now = time.monotonic()
         if now >= self.not_before:  # one pause, however many requests were turned away
-            self.pauses, self.paused_since = self.pauses + 1, self.paused_since or now
+            self.pauses = self.pauses + 1
+            self.paused_since = self.paused_since or now
         if (asked or 0) > LONGEST_PAUSE or now - (self.paused_since or now) > LONGEST_PAUSE:
             return self.stop(
                 f"the server asks to wait{f' {asked:.0f} s' if asked else ''} ({why}): start the same command again then"
@@ -359,7 +374,8 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
         try:
             async with asyncio.timeout(timeout or run.args.attempt_timeout):
                 reply = await send()
-            run.pauses, run.paused_since = 0, None
+            run.pauses = 0
+            run.paused_since = None
             return reply, tried + 1, unanswered
         except openai.APIStatusError as e:
             failure = words(e)
@@ -368,7 +384,8 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
             tried += e.status_code != 429
         except (openai.APIConnectionError, TimeoutError) as e:
             failure = "no reply in time" if isinstance(e, TimeoutError) else words(e.__cause__ or e)
-            tried, unanswered = tried + 1, unanswered + 1
+            tried = tried + 1
+            unanswered = unanswered + 1
             if cost:  # it may have been billed: written down at once, for later runs
                 run.spent += cost
                 run.failures.append(
@@ -381,7 +398,8 @@ async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
                     ]
                 )
         except BadReply as e:
-            failure, tried = words(e), tried + 1
+            failure = words(e)
+            tried = tried + 1
         finally:
             await run.release(cost)
         if run.reason:
@@ -532,7 +550,8 @@ def goes_on(row):
 
 def steps_of(plan, rows, sample, k):
     """-> [(key, texts)] of completion k of a sample: step 1 and, once the journal's rows {key: row} hold its rationale, step 2."""
-    index, texts = sample["sample_index"], [prompt_of(plan, sample)]
+    index = sample["sample_index"]
+    texts = [prompt_of(plan, sample)]
     steps = [(key_of(plan, 1, texts, index, k), texts)]
     first = rows.get(steps[0][0])
     if plan.template == "zs_cot" and first and goes_on(first):
@@ -543,7 +562,8 @@ def steps_of(plan, rows, sample, k):
 
 def next_requests(plan, rows, sample, ks):
     """-> the requests that completions ks of a sample need next; [] when all is there."""
-    index, steps = sample["sample_index"], {k: steps_of(plan, rows, sample, k) for k in ks}
+    index = sample["sample_index"]
+    steps = {k: steps_of(plan, rows, sample, k) for k in ks}
     missing = {k: first[0] for k, [first, *_] in steps.items() if first[0] not in rows}
     if missing:
         body = request_body(plan, 1, [prompt_of(plan, sample)]) | (
@@ -590,7 +610,8 @@ async def ask(run, request):
     import httpx2
 
     prompt, completion = most_tokens(request.body)
-    cost, n = dollars(run.args, prompt, completion), len(request.keys)
+    cost = dollars(run.args, prompt, completion)
+    n = len(request.keys)
 
     async def send():
         """One attempt; -> (choices, usage, model).  Raises BadReply where the server sent no answer."""
@@ -626,7 +647,8 @@ async def ask(run, request):
     paid = dollars(run.args, usage["prompt_tokens"], usage["completion_tokens"]) if usage else cost
     if cost and not usage:
         rows[0]["possible_cost"] = cost
-    run.requests, run.spent = run.requests + 1, run.spent + paid
+    run.requests = run.requests + 1
+    run.spent = run.spent + paid
     for k, count in (usage or {"usage_unknown": 1}).items():
         run.tokens[k] += count
     await record(run, rows)
@@ -661,11 +683,9 @@ async def collect(args, plan, path, samples):
         gc.freeze()
         gc.enable()
     async with run:
-        units, total, steps = (
-            iter(todo),
-            len(samples) * plan.degree,
-            2 if plan.template == "zs_cot" else 1,
-        )
+        units = iter(todo)
+        total = len(samples) * plan.degree
+        steps = 2 if plan.template == "zs_cot" else 1
         there = total - sum(len(ks) for _, ks in todo)
         asking = f"; asking {plan.model} for the rest" if todo else ""
         print(
@@ -701,7 +721,8 @@ async def report(run, done):
 
 def progress(run):
     """failed, requests and their rate, tokens, dollars"""
-    minutes, t = (time.monotonic() - run.started) / 60, run.tokens
+    minutes = (time.monotonic() - run.started) / 60
+    t = run.tokens
     cost = f", ${run.spent:.4f}" if run.args.price_in is not None else ""
     unknown = (
         f" and those of {t['usage_unknown']} requests that the server did not count"
@@ -719,7 +740,8 @@ def progress(run):
 
 def make_completion(plan, sample, k, first, second=None):
     """-> one row of the completion file from the journal's rows of its steps (second: None where there is none)."""
-    text, last = first["completion"] or "", second or first
+    text = first["completion"] or ""
+    last = second or first
     ends = [
         text.find(stop) for stop in stop_strings(plan) if stop in text
     ]  # some servers leave the stop string in
@@ -752,7 +774,9 @@ def make_completion(plan, sample, k, first, second=None):
 
 def dataset(plan, samples, rows):
     """-> ({"<sample_index>": [row, ...]} of every completion whose steps are all in rows, the journal's rows behind it, missing)."""
-    data, used, missing = {}, [], 0
+    data = {}
+    used = []
+    missing = 0
     for sample in samples:
         for k in range(plan.degree):
             found = [rows.get(key) for key, _ in steps_of(plan, rows, sample, k)]
@@ -814,7 +838,8 @@ def summarise(run, samples, task, rules):
 def fill(args, plan, path, metadata, samples):
     """Write the completion file of an API model from the journal and from what is asked for now.  Raises UserError where some of
     it is missing at the end: what was answered is in the journal."""
-    run, total = asyncio.run(collect(args, plan, path, samples)), len(samples) * plan.degree
+    run = asyncio.run(collect(args, plan, path, samples))
+    total = len(samples) * plan.degree
     missing = summarise(
         run, samples, metadata["dataset_key"], args.rules or default_rules(plan.api)
     )
@@ -896,7 +921,8 @@ def sample(args, path, metadata):
             "(saved/README.md has the format), set OPENAI_API_KEY or --base_url to sample it through the API, or take a "
             "local teacher, hf:NAME"
         )
-    plan, samples = teacher_plan(args), teacher_samples(args)
+    plan = teacher_plan(args)
+    samples = teacher_samples(args)
     if args.degree > 1 and plan.temperature == 0:
         raise UserError(
             f"--degree {args.degree} at --temperature 0 would buy {args.degree} identical rationales: use --temperature 0.7"
@@ -936,7 +962,9 @@ def publish_partial(args, path, metadata):
         old.get("missing") or old.get("degree", args.degree) < args.degree
     ):
         return
-    plan, samples, journal = teacher_plan(args), teacher_samples(args), taken_up(file)
+    plan = teacher_plan(args)
+    samples = teacher_samples(args)
+    journal = taken_up(file)
     publish(path, with_settings(metadata, plan, samples), plan, samples, journal.rows)
 
 
@@ -958,13 +986,13 @@ def token_counter(student):
 
 def estimate(args, path, count):
     """-> (requests, prompt tokens, completion tokens) that a run would ask for; tokens of completions at their most."""
-    plan, samples, file = (
-        teacher_plan(args),
-        teacher_samples(args),
-        path.with_suffix(".journal.jsonl"),
-    )
+    plan = teacher_plan(args)
+    samples = teacher_samples(args)
+    file = path.with_suffix(".journal.jsonl")
     rows = taken_up(file).rows if file.exists() else {}
-    texts, completions, answers = [], 0, 0
+    texts = []
+    completions = 0
+    answers = 0
     for sample, ks in all_units(plan, samples):
         for request in (
             next_requests(plan, rows, sample, ks)
@@ -975,10 +1003,8 @@ def estimate(args, path, count):
                 len(request.keys) if plan.template == "zs_cot" else 0
             )  # answers to read off, each in a request of its own
             texts += [prompt_of(plan, sample)] * ((request.step == 1) + second)
-            completions, answers = (
-                completions + len(request.keys) * (request.step == 1) + second,
-                answers + second,
-            )
+            completions = completions + len(request.keys) * (request.step == 1) + second
+            answers = answers + second
     return (
         len(texts),
         count(texts) + answers * (plan.max_new_tokens + 8),

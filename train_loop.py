@@ -101,7 +101,8 @@ def encode(tokenizer, family, data, max_length, max_positions=0):
     A sample whose input or label exceeds max_length tokens (paper: 512), or that does not fit the model's positions (0: no
     bound), is dropped: cutting it would cut off its answer, which stands last.  So is one without a prompt: nothing would
     predict its first label token.  Raises UserError where no sample is left."""
-    samples, dropped = [], []
+    samples = []
+    dropped = []
     for sample_index, prompt, label in zip(data["sample_index"], data["input"], data["label"]):
         prompt_ids = encode_prompt(tokenizer, family, prompt)
         label_ids = tokenizer(text_target=label, add_special_tokens=False)["input_ids"] + [
@@ -285,10 +286,8 @@ class Setup(NamedTuple):
 
 def set_up(model, samples, ids, args, ranks):
     """-> Setup.  ids: family, pad_id and start_id, as collate takes them."""
-    cpu, half = (
-        ranks.device.type == "cpu",
-        torch.float16 if args.precision == "fp16" else torch.bfloat16,
-    )
+    cpu = ranks.device.type == "cpu"
+    half = torch.float16 if args.precision == "fp16" else torch.bfloat16
     args.micro_tokens = args.micro_tokens or (
         1024 if cpu else 0
     )  # on a CPU pieces take less memory and no more time
@@ -369,7 +368,10 @@ class LabelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         """-> the loss, a number; the logits are gone."""
-        targets, tops, sums = targets[:, None], logits.amax(1, keepdim=True).float(), []  # (N, 1)
+        # (N, 1)
+        targets = targets[:, None]
+        tops = logits.amax(1, keepdim=True).float()
+        sums = []
         wanted = logits.gather(1, targets).float() - tops
         ctx.rows = 32 if logits.device.type == "cpu" else 2048
         for part, top in zip(logits.split(ctx.rows), tops.split(ctx.rows)):
@@ -435,7 +437,8 @@ def optimizer_step(setup, batch, step, rate, args, ranks, stop=False):
         if (
             not samples
         ):  # fewer samples than ranks: this rank takes part with a loss of zero, since all must
-            loss, tokens = loss * 0, 0
+            loss = loss * 0
+            tokens = 0
         setup.scaler.scale(loss / label_tokens * ranks.world_size).backward()
         total[0] += loss.detach() / label_tokens
         total[1] += tokens
@@ -614,7 +617,8 @@ def status(rows, steps, seconds, device):
         if device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-    skipped, last = sum(row["grad_norm"] is None for row in rows), rows[-1]
+    skipped = sum(row["grad_norm"] is None for row in rows)
+    last = rows[-1]
     return (
         f"epoch {last['epoch']:3d}  step {last['step']:6d}/{steps}  loss {mean_loss(rows):.4f}  lr {last['lr']:.1e}  norm "
         f"{last['grad_norm'] or math.inf:7.3f}  {labels / seconds:6.0f} label tokens/s  {tokens / seconds:6.0f} tokens/s  padding "
@@ -637,7 +641,8 @@ def keep_best(out, score, model, tokenizer):
         read_json(folder / "best.json").get("accuracy", -1) >= score["accuracy"] for folder in kept
     ):
         return
-    temporary, best = out / "best.tmp", out / f"best_epoch_{score['epoch']:03d}"
+    temporary = out / "best.tmp"
+    best = out / f"best_epoch_{score['epoch']:03d}"
     shutil.rmtree(temporary, ignore_errors=True)
     with write_errors(temporary):
         model.save_pretrained(temporary)
@@ -692,7 +697,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
     }
     setup = set_up(model, samples, ids, args, ranks)
     epoch_steps = math.ceil(len(samples) / args.batch_size)
-    steps, step = args.epochs * epoch_steps, load_checkpoint(out, setup)
+    steps = args.epochs * epoch_steps
+    step = load_checkpoint(out, setup)
     rows = start_log(out / "log.jsonl", step, args, settings, ranks)  # one for every step so far
     micro = micro_batches(
         sorted(samples, key=length)[-args.batch_size :], args, setup.packing, ranks.world_size
@@ -718,7 +724,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
         ]
         with setup.kernels():
             for indices in progress(batches, f"epoch {epoch}/{args.epochs}", show=ranks.is_master):
-                step, batch = step + 1, [samples[i] for i in indices]
+                step = step + 1
+                batch = [samples[i] for i in indices]
                 rate = learning_rate(step, steps, args)
                 with out_of_memory_hint(
                     f" at step {step}: lower --micro_tokens or --micro_batch_size (same result), or use --gradient_checkpointing"
@@ -744,7 +751,8 @@ def train(model, tokenizer, family, data, out, args, settings, ranks):
                         ranks,
                         status(rows[said_rows:], steps, time.perf_counter() - said, ranks.device),
                     )
-                    said, said_rows = time.perf_counter(), len(rows)
+                    said = time.perf_counter()
+                    said_rows = len(rows)
                 if stop:
                     break
                 if (

@@ -13,11 +13,10 @@ from pathlib import Path
 import storage
 from storage import UserError, read_completions
 
-LARGEST, IN_ALL, MOST = (
-    512 << 20,
-    8 << 30,
-    20_000,
-)  # bytes of a file, bytes that come out of the archive, entries
+# bytes of a file, bytes that come out of the archive, entries
+LARGEST = 512 << 20
+IN_ALL = 8 << 30
+MOST = 20_000
 # What is taken, wherever it lies in the archive: B_<model>__C_<key>/D_<task>....json, and the names of older archives, F_<key>__D_<task>.json
 NAME = re.compile(
     r"(?:[^\0]*/)?(B_[\w.+=@:-]{1,100}__C_[\w.+=@:-]{1,100})/((?:F_[\w.+=@:-]{1,100}__)?[DT]_[\w.+=@:-]{1,150}\.json)",

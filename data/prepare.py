@@ -48,7 +48,8 @@ def shuffled_dates(text):
     """The source mostly puts the right choice first, so choice j goes to place permutation[j], by one random state for all rows."""
     import numpy as np
 
-    state, rows = np.random.RandomState(0), []
+    state = np.random.RandomState(0)
+    rows = []
     for row in examples(text):
         places = state.permutation(len(row["target_scores"])).tolist()
         scores = [score for _, score in sorted(zip(places, row["target_scores"].items()))]
@@ -310,7 +311,8 @@ def download(raw, path):
     """Fetch a raw file to path.  Until it is whole and verified it is called path.part, and the next call goes on there."""
     from tqdm import tqdm
 
-    url, part = HOST + raw.path, path.with_name(path.name + ".part")
+    url = HOST + raw.path
+    part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     start = part.stat().st_size if part.exists() else 0
     if not sys.stderr.isatty():
@@ -462,7 +464,8 @@ def count_samples(key, out):
 
 def prepare(key, mirror, out):
     """Make all files of one task.  -> a line for the user"""
-    row, recipe = tasks.find_task(key), RECIPES.get(key)
+    row = tasks.find_task(key)
+    recipe = RECIPES.get(key)
     if key == "toy":
         return "toy: made in memory, nothing to prepare"
     n = (

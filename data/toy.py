@@ -31,9 +31,11 @@ def toy_rationale(question, rng, phrases):
     steps = re.findall(r"(\w+) (flips|keeps) the coin", question)
     slip = rng.randrange(len(steps)) if steps and rng.random() < 0.2 else None
     start, step, end = phrases
-    heads, said = True, [start]
+    heads = True
+    said = [start]
     for i, (name, verb) in enumerate(steps):
-        before, heads = heads, heads ^ (verb == "flips") ^ (i == slip)
+        before = heads
+        heads = heads ^ (verb == "flips") ^ (i == slip)
         said.append(step.format(name=name, verb=verb, before=SIDES[before], side=SIDES[heads]))
     return " ".join([*said, end.format(side=SIDES[heads])])
 

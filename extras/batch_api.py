@@ -41,10 +41,9 @@ from teacher import (
     words,
 )
 
-SHARD_REQUESTS, SHARD_BYTES = (
-    50_000,
-    190_000_000,
-)  # of one batch (the API's limits: 50,000 and 200 MB)
+# of one batch (the API's limits: 50,000 and 200 MB)
+SHARD_REQUESTS = 50_000
+SHARD_BYTES = 190_000_000
 FINAL = ("completed", "failed", "expired", "cancelled")
 POLL = 30.0  # s between two looks at a fine-tuning job
 JOB_ENDS = ("succeeded", "failed", "cancelled")
@@ -92,7 +91,8 @@ async def take_step(args, plan, path, samples):
 
 def open_shards(notes):
     """-> [(number, its intent, its batch's id or None)] of the shards that are neither void nor fetched."""
-    rows, numbers = notes.rows, range(sum(key.startswith("intent ") for key in notes.rows))
+    rows = notes.rows
+    numbers = range(sum(key.startswith("intent ") for key in notes.rows))
     return [
         (n, rows[f"intent {n}"], rows.get(f"batch {n}", {}).get("id"))
         for n in numbers
@@ -146,7 +146,8 @@ async def submit(run, notes, samples):
         for request in next_requests(run.plan, run.journal.rows, *unit)
         if request.key not in waiting
     ]
-    shard, size = [], 0
+    shard = []
+    size = 0
     for request in requests:
         line = {
             "custom_id": request.key,
@@ -157,7 +158,8 @@ async def submit(run, notes, samples):
         line = json.dumps(line) + "\n"
         if shard and (len(shard) >= SHARD_REQUESTS or size + len(line) > SHARD_BYTES):
             await submit_shard(run, notes, shard)
-            shard, size = [], 0
+            shard = []
+            size = 0
         shard.append((request, line))
         size += len(line)
     if shard:
@@ -224,7 +226,8 @@ async def submit_shard(run, notes, shard):
 
 async def look(run, notes, fetch):
     """Print each open batch's status and, with fetch, take in the results of those that ended; -> problems."""
-    problems, shards = [], open_shards(notes)
+    problems = []
+    shards = open_shards(notes)
     for number, intent, batch_id in shards:
         batch, _, _ = await attempt(run, lambda: run.client.batches.retrieve(batch_id))
         counts = batch.request_counts
@@ -262,7 +265,8 @@ async def download(run, file_id, expected, seen):
 
 async def take_in(run, notes, number, intent, batch):
     """Write an ended batch's answers to the journal and its errors to the failures file, then mark it fetched; -> problems."""
-    wanted, lines = {request["key"]: request for request in intent["requests"]}, []
+    wanted = {request["key"]: request for request in intent["requests"]}
+    lines = []
     completed = batch.request_counts.completed if batch.request_counts else 0
     for file_id, expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
         if file_id:  # it may be null or ""
@@ -271,14 +275,18 @@ async def take_in(run, notes, number, intent, batch):
                 run, lambda: download(run, file_id, expected, seen), timeout=PATIENCE
             )
             lines += found
-    rows, errors, unknown, seen = [], [], 0, set()
+    rows = []
+    errors = []
+    unknown = 0
+    seen = set()
     for line in lines:
         key = line.get("custom_id") if isinstance(line, dict) else None
         if key not in wanted or key in seen:
             unknown += key not in wanted
             continue
         seen.add(key)
-        request, response = wanted[key], line.get("response") or {}
+        request = wanted[key]
+        response = line.get("response") or {}
         keys = {int(k): each for k, each in request["keys"].items()}
         try:
             if response.get("status_code") != 200:

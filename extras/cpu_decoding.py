@@ -29,21 +29,21 @@ class Pages:
 
     def __init__(self, growing):
         """growing: whether rows get tokens."""
-        self.growing, self.rows, self.lengths = (
-            growing,
-            [],
-            [],
-        )  # of each row its pages, and its number of tokens
-        self.count, self.free, self.owner = (
-            0,
-            [],
-            None,
-        )  # the number of all pages, those of them that no row has; of lay_out
+        # of each row its pages, and its number of tokens
+        self.growing = growing
+        self.rows = []
+        self.lengths = []
+        # the number of all pages, those of them that no row has; of lay_out
+        self.count = 0
+        self.free = []
+        self.owner = None
 
     def enter(self, lengths):
         """Add rows of so many tokens.  -> their pages, end to end"""
         new = [[self.another() for _ in range(0, length, PAGE)] for length in lengths]
-        self.rows, self.lengths, self.owner = self.rows + new, self.lengths + lengths, None
+        self.rows = self.rows + new
+        self.lengths = self.lengths + lengths
+        self.owner = None
         return [page for pages in new for page in pages]
 
     def another(self):
@@ -56,11 +56,9 @@ class Pages:
         self.free += [
             page for place in {*range(len(self.rows))} - {*places} for page in self.rows[place]
         ]
-        self.rows, self.lengths, self.owner = (
-            [self.rows[place] for place in places],
-            [self.lengths[place] for place in places],
-            None,
-        )
+        self.rows = [self.rows[place] for place in places]
+        self.lengths = [self.lengths[place] for place in places]
+        self.owner = None
 
     def advance(self):
         """Make room for a token in each row, if they grow.  Then the last pages fill the gaps, as all pages are multiplied.
@@ -71,7 +69,9 @@ class Pages:
                     pages.append(self.another())
             self.lengths = [length + 1 for length in self.lengths]
         self.count -= len(self.free)
-        gaps, self.free, moves = [page for page in self.free if page < self.count], [], []
+        gaps = [page for page in self.free if page < self.count]
+        self.free = []
+        moves = []
         for pages in self.rows if gaps else ():
             for i, page in enumerate(pages):
                 if page >= self.count:
@@ -86,15 +86,14 @@ class Pages:
         last token and the column there, `last`.  Of all pages: the rows' one after another, `listed`, and where each row's begin, `starts` (B,).  Of
         each page: its row, `owner` (pages,); what is added to its scores, `mask` (pages, 1, 1, PAGE); its tokens' places in a bias, which is over
         those of the longest row, `columns` (pages, PAGE)."""
-        numbers, lengths = [len(pages) for pages in self.rows], torch.tensor(self.lengths)
+        numbers = [len(pages) for pages in self.rows]
+        lengths = torch.tensor(self.lengths)
         self.table = torch.tensor(
             [pages + pages[:1] * (max(numbers) - len(pages)) for pages in self.rows]
         )
         self.last = torch.tensor([pages[-1] for pages in self.rows]), (lengths - 1) % PAGE
-        self.listed, self.starts = (
-            torch.tensor([page for pages in self.rows for page in pages]),
-            torch.tensor([0, *numbers[:-1]]).cumsum(0),
-        )
+        self.listed = torch.tensor([page for pages in self.rows for page in pages])
+        self.starts = torch.tensor([0, *numbers[:-1]]).cumsum(0)
         owner, (self.owner, first) = (
             torch.arange(len(numbers)).repeat_interleave(torch.tensor(numbers)),
             torch.empty(2, self.count, dtype=torch.long),
@@ -103,7 +102,8 @@ class Pages:
             owner,
             PAGE * (torch.arange(self.count) - self.starts[owner]),
         )
-        length, columns = lengths[self.owner, None], first[:, None] + torch.arange(PAGE)
+        length = lengths[self.owner, None]
+        columns = first[:, None] + torch.arange(PAGE)
         self.mask = torch.where(columns < length, 0.0, -torch.inf)[:, None, None]
         self.columns = (columns + (lengths.max() - length if self.growing else 0)).clamp(
             max=max(self.lengths) - 1
@@ -133,26 +133,21 @@ class PagedLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(like, like)
         self.pages, (_, self.heads, _, self.width) = pages, like.shape
-        self.room, self.written = (
-            torch.empty(2, 0, self.heads, PAGE * self.width, dtype=torch.float32),
-            0,
-        )
+        self.room = torch.empty(2, 0, self.heads, PAGE * self.width, dtype=torch.float32)
+        self.written = 0
 
     def reserve(self, tokens=0):
         """Have room for all pages, and at once for so many tokens: what is never written to takes no memory."""
-        had, count = self.room.shape[1], self.pages.count
+        had = self.room.shape[1]
+        count = self.pages.count
         if had < count:
-            old, self.room = (
-                self.room,
-                self.room.new_empty(
-                    2, -(-5 * max(count, tokens // PAGE) // 4), *self.room.shape[2:]
-                ),
+            old = self.room
+            self.room = self.room.new_empty(
+                2, -(-5 * max(count, tokens // PAGE) // 4), *self.room.shape[2:]
             )
             self.room[:, : self.written] = old[:, : self.written]
-            self.keys_of_page, self.values_of_page = (
-                self.room[0].unflatten(2, (PAGE, self.width)),
-                self.room[1].unflatten(2, (self.width, PAGE)),
-            )
+            self.keys_of_page = self.room[0].unflatten(2, (PAGE, self.width))
+            self.values_of_page = self.room[1].unflatten(2, (self.width, PAGE))
         if self.written < count:  # what is masked is multiplied too, and has to be a number
             self.room[:, self.written : count] = 0
             self.written = count
@@ -199,14 +194,10 @@ class PagedLayer(DynamicLayer):
         """Attention of one query a row, (B, H', 1, D) -> the same shape; H' is a multiple of H.  bias (1, H', 1, T): added to scores.
 
         Each page is multiplied alone; a row's softmax, and the sum of its values, are put together of those of its pages."""
-        pages, shape = (
-            self.pages,
-            (self.pages.count, self.heads, query.shape[1] // self.heads, PAGE),
-        )
-        keys, values = (
-            self.keys_of_page[: pages.count].flatten(0, 1),
-            self.values_of_page[: pages.count].flatten(0, 1),
-        )
+        pages = self.pages
+        shape = (self.pages.count, self.heads, query.shape[1] // self.heads, PAGE)
+        keys = self.keys_of_page[: pages.count].flatten(0, 1)
+        values = self.values_of_page[: pages.count].flatten(0, 1)
         query = (
             (query.float() * scaling)
             .flatten(1)
@@ -277,11 +268,9 @@ def paged_attention(model):
 
 def layers_of(state):
     """-> [(layers, mask, whether tokens will come)] of a Hugging Face cache: self-attention, then cross-attention."""
-    cache, own, other = (
-        state["past_key_values"],
-        state.get("decoder_attention_mask"),
-        state.get("attention_mask"),
-    )
+    cache = state["past_key_values"]
+    own = state.get("decoder_attention_mask")
+    other = state.get("attention_mask")
     if hasattr(cache, "cross_attention_cache"):
         return [
             (cache.self_attention_cache.layers, own, True),
@@ -342,7 +331,8 @@ def enter(state, read, places, tokens=0):
             (row, int(real.nonzero()[0]), int(real.nonzero()[-1]) + 1)
             for row, real in enumerate(mask)
         ]
-        rows, pages = [ends[place] for place in places], into[0].pages if state else Pages(growing)
+        rows = [ends[place] for place in places]
+        pages = into[0].pages if state else Pages(growing)
         new = pages.enter([end - first for _, first, end in rows])
         for i, layer in enumerate(layers):  # one by one, so that hardly any is there twice
             layers[i] = None
@@ -388,7 +378,8 @@ class Likeliest:
 
     def __init__(self, head):
         """head: a Linear without bias, of weight (V, K)"""
-        self.head, weight = head, head.weight.detach()
+        self.head = head
+        weight = head.weight.detach()
         self.mean = weight.mean(
             0
         )  # what all words have in common changes no order, but would cost digits
@@ -404,10 +395,8 @@ class Likeliest:
         self.words = (
             order.t().flatten()
         )  # the words of a group lie V / GROUP apart, which finds the largest fastest
-        self.rough, self.scales = (
-            torch.ops.onednn.qlinear_prepack(words[self.words], None),
-            scales[self.words, 0],
-        )
+        self.rough = torch.ops.onednn.qlinear_prepack(words[self.words], None)
+        self.scales = scales[self.words, 0]
         self.zeros = torch.zeros_like(self.words, dtype=torch.int32)
 
     def __call__(self, hidden):
@@ -431,7 +420,8 @@ class Likeliest:
         groups = scores.amax(1)
         # The logit of the word that seems likeliest is surpassed by none that is less by more than sums can be off: by what rounding took from
         # their factors (Cauchy-Schwarz), by 2^-24 of all there is at each step, and by 2^-8 as they were rounded to bf16
-        rows, group = torch.arange(len(hidden)), groups.argmax(1)
+        rows = torch.arange(len(hidden))
+        group = groups.argmax(1)
         seeming = self.words[scores[rows, :, group].argmax(1) * groups.shape[1] + group]
         least = (hidden * (weight[seeming] - self.mean)).sum(1)
         errors = (
@@ -448,7 +438,8 @@ class Likeliest:
         some, place = may_surpass(
             scores[row, :, group], scale[row], errors[row, group, None], least[row, None]
         ).nonzero(as_tuple=True)
-        row, word = row[some], self.words[place * groups.shape[1] + group[some]]
+        row = row[some]
+        word = self.words[place * groups.shape[1] + group[some]]
         if len(row) > 128 * len(hidden):
             return (hidden @ weight.t()).max(1)
         logits = (hidden[row] * weight[word]).sum(1)
@@ -473,7 +464,8 @@ def likeliest_word(model):
     """While it is open, `model` gives in place of logits what its head would multiply, and a Likeliest that knows the head makes words of it;
     or None comes, and nothing is changed: on a device that is not a CPU with products in 8 bits, or where something is done to the logits
     afterwards."""
-    head, able = model.get_output_embeddings(), torch.cpu.get_capabilities()
+    head = model.get_output_embeddings()
+    able = torch.cpu.get_capabilities()
     if (
         type(head) is not torch.nn.Linear
         or head.bias is not None
@@ -491,7 +483,8 @@ def likeliest_word(model):
         logits.untouched = True  # what comes out of the model with this mark is what its head gave
         return logits
 
-    head.forward, ids = mark, torch.zeros(1, 1, dtype=torch.long)
+    head.forward = mark
+    ids = torch.zeros(1, 1, dtype=torch.long)
     try:
         with torch.no_grad():
             out = model(
@@ -528,7 +521,8 @@ def packed_products(model):
         and "forward" not in vars(layer)
         and not model._compiled_call_impl
     ]  # a compiled model would be compiled again
-    packs, packed_weights = [], {id(layer.weight) for layer in layers}
+    packs = []
+    packed_weights = {id(layer.weight) for layer in layers}
     try:
         files = kernels.mapped_files() if layers else []
         for parameter in (

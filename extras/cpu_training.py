@@ -26,7 +26,8 @@ PACKED = {}
 def training_kernels(model, packing, products=False, plain=True):
     """While it is open, the student attends per sample (packing).  On a CPU, if it is plain (neither sharded nor compiled), it also draws
     its dropout faster, gets the gradient of a tied embedding row by row, and (products) multiplies in fp32 by oneDNN."""
-    replaced, hooks = [], []
+    replaced = []
+    hooks = []
 
     def replace(module, name, value):
         replaced.append((module, name, vars(module).get(name)))
@@ -97,7 +98,8 @@ def attend_per_sample(
 
     One call a sample costs the sum of their squared lengths; a mask over the row would cost the square of the sum.  On a GPU many small
     calls cost more than padding: there it is one, on padded samples."""
-    queries, keys = PACKED[query.shape[2]], PACKED[key.shape[2]]
+    queries = PACKED[query.shape[2]]
+    keys = PACKED[key.shape[2]]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if in_one_call(query):
         return attend_padded(
@@ -116,7 +118,8 @@ def attend_per_sample(
     if position_bias is None:
         biases = [None] * len(queries)
     elif isinstance(position_bias, list):  # of bias_per_sample: what lies ahead is masked there
-        biases, causal = position_bias, False
+        biases = position_bias
+        causal = False
     else:
         biases = [row.split(keys, 3)[i] for i, row in enumerate(position_bias.split(queries, 2))]
     parts = zip(query.split(queries, 2), key.split(keys, 2), value.split(keys, 2), biases)
@@ -194,14 +197,15 @@ def attend_padded(module, query, key, value, bias, queries, keys, causal, dropou
         for x, where in ((query, places), (key, key_places), (value, key_places))
     )
     if isinstance(bias, tuple):  # of bias_per_sample: what lies ahead is masked there
-        bias, ahead = bias[0], True
+        bias = bias[0]
+        ahead = True
     else:
-        bias, ahead = (
+        bias = (
             None
             if bias is None
-            else bias[0][:, places[:, :, None], key_places[:, None]].transpose(0, 1),
-            False,
+            else bias[0][:, places[:, :, None], key_places[:, None]].transpose(0, 1)
         )
+        ahead = False
     mask = None if causal else real[:, None, None]  # padding lies ahead of all that counts
     out, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout, scaling, causal and not ahead, bias, **more
@@ -265,12 +269,12 @@ def forget(weights, mapped):
     -> whether all are a file's"""
     found = []
     for weight in weights:
-        first, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
+        first = weight.data_ptr()
+        end = weight.data_ptr() + weight.nbytes
         found.append(any(start <= first < end <= stop for start, stop in mapped))
-        first, end = (
-            -(-first // mmap.PAGESIZE) * mmap.PAGESIZE,
-            end // mmap.PAGESIZE * mmap.PAGESIZE,
-        )  # the pages that are its own
+        # the pages that are its own
+        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = end // mmap.PAGESIZE * mmap.PAGESIZE
         if found[-1] and first < end:
             glibc().madvise(
                 ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED
@@ -302,7 +306,8 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, weight, ids):
         """-> weight[ids]"""
-        ctx.rows, ctx.ids = rows, ids
+        ctx.rows = rows
+        ctx.ids = ids
         return torch.nn.functional.embedding(ids, weight)
 
     @staticmethod
@@ -327,7 +332,8 @@ class Product(torch.autograd.Function):
     def forward(ctx, x, weight, bias, transposed):
         """-> (N, out)"""
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.transposed = bias is not None, transposed
+        ctx.bias = bias is not None
+        ctx.transposed = transposed
         return linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod

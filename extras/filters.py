@@ -69,7 +69,8 @@ def triples(text):
 
 def similarity(a, b):
     """Of all word triples of two texts the share that both have (Jaccard)."""
-    a, b = triples(a), triples(b)
+    a = triples(a)
+    b = triples(b)
     return len(a & b) / max(1, len(a | b))
 
 
@@ -93,9 +94,12 @@ REASONS = {  # why a rationale is left out: (flags, row, its text, the texts kep
 
 def leave_out(args, rows):
     """-> the rows for which none of REASONS holds; says how many each dropped."""
-    kept_rows, texts, dropped = [], defaultdict(list), Counter()
+    kept_rows = []
+    texts = defaultdict(list)
+    dropped = Counter()
     for row in rows:
-        text, kept = rationale_of(row).strip(), texts[row["sample_index"]]
+        text = rationale_of(row).strip()
+        kept = texts[row["sample_index"]]
         reason = next(
             (reason for reason, holds in REASONS.items() if holds(args, row, text, kept)), None
         )

@@ -91,18 +91,16 @@ def ours(scores, kind):
     """-> {task: {series: {x: [score of each seed]}}}.  A series is what runs have in common; x None: it knows no x (ft has no degree)."""
     axis = KINDS[kind][0]
     aside = {"seed", "epochs", "questions", "parameters", "epoch"} | IN_COMMON.get(kind, set())
-    figure, flags = (
-        {},
-        [
-            {
-                "model": family(s["model"]) if kind == "student" else s["model"],
-                "method": s["method"],
-                **s["run"],
-                "epoch": s["epoch"],
-            }
-            for s in scores
-        ],
-    )
+    figure = {}
+    flags = [
+        {
+            "model": family(s["model"]) if kind == "student" else s["model"],
+            "method": s["method"],
+            **s["run"],
+            "epoch": s["epoch"],
+        }
+        for s in scores
+    ]
     for s, run in zip(scores, flags):
         others = [other for one, other in zip(scores, flags) if one["task"] == s["task"]]
         varied = [
@@ -123,25 +121,24 @@ def published(kind, models):
     figure = {}
     with open(Path(__file__).parent.parent / "data" / "paper_results.csv", newline="") as f:
         for r in csv.DictReader(f):
-            model, x = r["model"], r[COLUMNS[kind]] if kind in COLUMNS else ""
+            model = r["model"]
+            x = r[COLUMNS[kind]] if kind in COLUMNS else ""
             there = (
                 model in models
                 and r["method"] in METHOD_NAMES
                 and r["table"].startswith(TABLES.get(kind, " "))
             )
             if kind == "student":
-                there, x = (
+                there = (
                     model in models
                     and r["method"] in METHOD_NAMES
-                    and r["table"].endswith("_students"),
-                    SIZES.get(model, 0) * 1e6,
+                    and r["table"].endswith("_students")
                 )
+                x = SIZES.get(model, 0) * 1e6
                 model = r["table"].removesuffix("_students")
             if there and x:
-                name, x = (
-                    f"paper: {model} {METHOD_NAMES[r['method']]}",
-                    x if kind == "teacher" else float(x),
-                )
+                name = f"paper: {model} {METHOD_NAMES[r['method']]}"
+                x = x if kind == "teacher" else float(x)
                 figure.setdefault(r["dataset"], {}).setdefault(name, {})[x] = float(r["accuracy"])
     return figure
 
@@ -151,7 +148,8 @@ def band(scores):
     if len(scores) == 1:
         return scores[0]["accuracy"], scores[0]["low"], scores[0]["high"]
     accuracies = [s["accuracy"] for s in scores]
-    middle, spread = statistics.mean(accuracies), statistics.stdev(accuracies)
+    middle = statistics.mean(accuracies)
+    spread = statistics.stdev(accuracies)
     return middle, max(0, middle - spread), min(100, middle + spread)
 
 

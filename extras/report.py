@@ -90,7 +90,8 @@ def votes(judged, rules):
     """-> {"k", "questions", "maj", "maj_low", "maj_high", "pass": {k: %}} of judged completions, k the answers that every question
     has at least; None where some question has one."""
     questions = list(by_question(judged, rules).values())
-    k, n = min(map(len, questions)), len(questions)
+    k = min(map(len, questions))
+    n = len(questions)
     if k < 2:
         return None
     agreed = sum(majority(many[:k]) for many in questions)
@@ -138,7 +139,8 @@ def describe_votes(s, data_dir):
 def mcnemar(first, second):
     """-> p of the exact McNemar test: how likely a split of the questions on which one of two runs alone is right is, at least as
     uneven as first : second, where both runs are equally good (two-sided binomial test with 1/2)."""
-    n, less = first + second, min(first, second)
+    n = first + second
+    less = min(first, second)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(less + 1)) / 2**n)
 
 
@@ -212,7 +214,9 @@ def paper_model(name):
 
 def paper_value(results, s):
     """-> the published accuracy of the same model, method and task, or None."""
-    key, model, method = s["train_key"] or "", paper_model(s["model"]), s["method"]
+    key = s["train_key"] or ""
+    model = paper_model(s["model"])
+    method = s["method"]
     if (
         s["split"] != "default"
         or not re.fullmatch(r"((ft|ft_cot)(_\d+aug)?)?", key)
@@ -280,7 +284,8 @@ def vote_rows(s):
 
 def scored_runs(paths, data_dir, rules="paper", allow_partial=False):
     """-> ({(model, label, task): [score of each epoch]} of completion files, the sentences about those that could not be scored)."""
-    runs, skipped = {}, []
+    runs = {}
+    skipped = []
     for path in paths:
         try:
             s, label = score_run(path, data_dir, rules, allow_partial)
@@ -304,7 +309,8 @@ def collect(paths, data_dir, rules="paper", allow_partial=False):
 
 def over_seeds(table):
     """-> {(model, row): {task: score}} of the rows that differ in nothing but the seed: their mean and standard deviation."""
-    groups, means = {}, {}
+    groups = {}
+    means = {}
     for (model, row), cells in table.items():
         for task, s in cells.items():
             if (seed := (s.get("run") or {}).get("seed")) is not None:

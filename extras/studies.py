@@ -107,7 +107,8 @@ def gather(cells, output):
             for cell in cells
             for method in cell.method
         ]
-    unique, degrees = {}, {}
+    unique = {}
+    degrees = {}
     for cell in cells:
         mine, teacher = output(cell)
         unique.setdefault(mine, cell)
@@ -157,7 +158,9 @@ def name_of(args, cells):
 def run_cells(cells, run):
     """Run every cell, then print one table.  A cell that cannot be run, because its teacher's file is missing, say, stops no other:
     they are named at the end, with a UserError.  Under torchrun, where the ranks must agree, the first one ends the run."""
-    results, left_out, ranks = [], [], cells[0].ranks
+    results = []
+    left_out = []
+    ranks = cells[0].ranks
     for i, args in enumerate(cells, 1):
         if ranks.is_master:
             print(f"\n==== {i} of {len(cells)}: {name_of(args, cells)}", flush=True)

@@ -193,7 +193,8 @@ def ask(server, tmp_path, capsys, monkeypatch):
         except SystemExit as e:
             message = e.code
         captured = capsys.readouterr()
-        assert "Traceback" not in captured.err and KEY not in f"{captured}{message}"
+        assert "Traceback" not in captured.err
+        assert KEY not in f"{captured}{message}"
         ask.err = captured.err
         return message, captured.out
 

@@ -118,13 +118,17 @@ def main():
     import evaluate  # noqa: F401
     import train_loop  # noqa: F401
 
-    chance, began, kills, resumed = random.Random(args.seed), time.monotonic(), {}, 0
+    chance = random.Random(args.seed)
+    began = time.monotonic()
+    kills = {}
+    resumed = 0
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         whole = Path(folder) / "whole"
         at = time.monotonic()
         if end(start(whole, args.ranks, log), 300):
             sys.exit("FAILED: " + (Path(folder) / "log").read_text())
-        takes, expected = time.monotonic() - at, contents(whole)
+        takes = time.monotonic() - at
+        expected = contents(whole)
         print(f"a run that is left alone takes {takes:.1f} s", flush=True)
         done = lost = 0
         while done < args.times:
@@ -132,13 +136,11 @@ def main():
             for _ in range(
                 chance.randrange(1, 5)
             ):  # kills of one pipeline, each somewhere in what is left of it
-                pid, sent = (
-                    start(saved, args.ranks, log),
-                    chance.choice(
-                        [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-                        if args.ranks == 1
-                        else [signal.SIGKILL]
-                    ),
+                pid = start(saved, args.ranks, log)
+                sent = chance.choice(
+                    [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+                    if args.ranks == 1
+                    else [signal.SIGKILL]
                 )
                 time.sleep(chance.random() * takes)
                 if os.waitpid(pid, os.WNOHANG)[0]:

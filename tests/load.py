@@ -31,7 +31,8 @@ def make(folder, files, rows, seed=0, students=False):
     As in the published files, nine of ten completions hold one number and the text is in the rationale.  With `students`,
     rationale and answer are one completion, as those of fine-tuned students are, and as long as the published rationales of
     multiarith and svamp: 250 characters, 7 numbers."""
-    chance, paths = random.Random(seed), []
+    chance = random.Random(seed)
+    paths = []
     text = lambda n: "".join(
         SENTENCE.format(*(chance.randrange(100) for _ in range(3))) for _ in range(n)
     )
@@ -46,7 +47,8 @@ def make(folder, files, rows, seed=0, students=False):
     for number in range(files):
         data = {}
         for j in range(rows):
-            s, reasoning = samples[j % 600], text(2 if students else 5)
+            s = samples[j % 600]
+            reasoning = text(2 if students else 5)
             prompt = f"Q: {s['question']}\nA: Let's think step by step."
             right = chance.random() < 0.7
             row = {
@@ -117,7 +119,8 @@ def plain(path, pandas=None):
 
 def memory(pid):
     """-> bytes that a process and its children hold, shared pages counted once."""
-    total, pids = 0, [pid]
+    total = 0
+    pids = [pid]
     for p in pids:
         try:
             pids += map(int, Path(f"/proc/{p}/task/{p}/children").read_text().split())
@@ -131,7 +134,8 @@ def memory(pid):
 
 def measured(command):
     """-> (seconds, most bytes held at a time, output) of a command."""
-    start, most = time.perf_counter(), [0]
+    start = time.perf_counter()
+    most = [0]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
     def watch():
@@ -164,11 +168,9 @@ def main():
     try:
         start = time.perf_counter()
         paths = make(folder, args.files, args.rows, students=args.students)
-        n, size, cores = (
-            args.files * args.rows,
-            sum(p.stat().st_size for p in paths),
-            len(os.sched_getaffinity(0)),
-        )
+        n = args.files * args.rows
+        size = sum(p.stat().st_size for p in paths)
+        cores = len(os.sched_getaffinity(0))
         print(
             f"{n:,} completions in {len(paths)} files, {size / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s; {cores} cores",
             flush=True,
@@ -191,7 +193,8 @@ def main():
             f"evaluate.py score: {seconds:.1f} s, {rate:,.0f} completions/s a core, at most {most / 1e6:.0f} MB",
             flush=True,
         )
-        assert len(scores) == len(paths) and sum(s["n"] for s in scores) == n
+        assert len(scores) == len(paths)
+        assert sum(s["n"] for s in scores) == n
         try:
             import pandas
         except ImportError:

@@ -42,7 +42,9 @@ def timed(function, *arguments):
 
 
 def oracle_numbers(text):
-    text, found, i = text.replace(",", ""), [], 0
+    text = text.replace(",", "")
+    found = []
+    i = 0
     digit = lambda j: j < len(text) and text[j].isdecimal()
     while i < len(text):
         j = i + (text[i] == "-" and digit(i + 1))
@@ -61,7 +63,8 @@ def oracle_numbers(text):
 
 
 def oracle_words(text):
-    words, word = [], ""
+    words = []
+    word = ""
     for c in text.lower() + " ":
         if c in "\"'\n.:," or c.isspace():
             words += [word] if word in ("yes", "no") else []
@@ -166,13 +169,12 @@ def random_text(chance):
 def test_paper_verdicts_are_those_of_an_oracle_that_reads_character_by_character(cases):
     chance = random.Random(1)
     for _ in range(cases):
-        task, text, template = (
-            chance.choice(list(ORACLES)),
-            random_text(chance),
-            chance.choice(list(tasks.PREFIXES)),
-        )
+        task = chance.choice(list(ORACLES))
+        text = random_text(chance)
+        template = chance.choice(list(tasks.PREFIXES))
         candidates, same, golds = ORACLES[task]
-        gold, prefix = chance.choice(golds), tasks.PREFIXES[template]
+        gold = chance.choice(golds)
+        prefix = tasks.PREFIXES[template]
         at = text.find(prefix) if prefix else -1
         found = candidates(text[at + len(prefix) :] if at >= 0 else text)
         prediction = (found[-1] if prefix and at < 0 else found[0]) if found else None
@@ -405,9 +407,8 @@ def read_scores(path):
         ["--task", "multiarith", "--data", str(path.parent), "--degree", "2", "--rules", "paper"]
     )
     kept, _ = finetune_cot.correct_rationales(args, path, list(range(6)))
-    assert kept and all(
-        row["answer"].strip() == QUESTIONS[row["sample_index"]]["answer"] for row in kept
-    )
+    assert kept
+    assert all(row["answer"].strip() == QUESTIONS[row["sample_index"]]["answer"] for row in kept)
     return s
 
 
@@ -507,10 +508,8 @@ def spoil_value(chance, text):
     path = ("", *chance.choice(list(places(value[""]))))
     for k in path[:-1]:
         box = box[k]
-    last, how = (
-        path[-1],
-        chance.choice(["replace", "replace", "replace", "remove", "rename", "double"]),
-    )
+    last = path[-1]
+    how = chance.choice(["replace", "replace", "replace", "remove", "rename", "double"])
     if how == "remove":
         del box[last]
     elif how == "rename" and isinstance(box, dict):
@@ -526,7 +525,8 @@ def spoil_value(chance, text):
 
 
 def spoil_bytes(chance, text):
-    content, how = bytearray(text.encode()), chance.randrange(8)
+    content = bytearray(text.encode())
+    how = chance.randrange(8)
     at = chance.randrange(len(content))
     if how < 3:
         for _ in range(chance.randrange(1, 9)):
@@ -593,7 +593,8 @@ def test_spoilt_files_are_read_or_refused_with_one_sentence(
     monkeypatch.setitem(tasks.TASKS, "multiarith", tasks.TASKS["multiarith"]._replace(n=6))
     files.escape_unencodable_output()  # as the command lines do
     lay_out(tmp_path)
-    whole, refused = READERS[name][0], 0
+    whole = READERS[name][0]
+    refused = 0
     assert try_to_read(tmp_path, name, whole.encode()) is not None
     for i in range(cases):
         chance = random.Random(f"{name} {i}")

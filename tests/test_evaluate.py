@@ -84,11 +84,9 @@ def test_rows_leave_the_batch_of_a_hybrid_attention_model_too():
         eos_token_id=0,
         pad_token_id=1,
     )
-    model, tokenizer, limits = (
-        transformers.Lfm2ForCausalLM(config),
-        tiny_tokenizer(),
-        [5, 20, 9, 14, 3, 8, 12],
-    )
+    model = transformers.Lfm2ForCausalLM(config)
+    tokenizer = tiny_tokenizer()
+    limits = [5, 20, 9, 14, 3, 8, 12]
     rows = evaluate.generate(model, tokenizer, "decoder", PROMPTS, limits)
     assert rows == [
         evaluate.generate(model, tokenizer, "decoder", [prompt], limit)[0]
@@ -140,22 +138,19 @@ def test_waiting_prompts_take_the_places_of_ended_ones_and_no_text_changes(
             forced_eos_token_id=None,
             **sizes,
         )
-        model, tokenizer, family = (
-            transformers.BartForConditionalGeneration(config).eval(),
-            tiny_tokenizer(),
-            "encoder_decoder",
-        )
+        model = transformers.BartForConditionalGeneration(config).eval()
+        tokenizer = tiny_tokenizer()
+        family = "encoder_decoder"
     else:
         model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
-    prompts, limits = (
-        PROMPTS * 3,
-        [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3],
-    )
+    prompts = PROMPTS * 3
+    limits = [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
     alone = [
         evaluate.generate(model, tokenizer, family, [prompt], limit)[0]
         for prompt, limit in zip(prompts, limits)
     ]
-    entered, enter = [], decoding.enter
+    entered = []
+    enter = decoding.enter
     monkeypatch.setattr(
         decoding,
         "enter",
@@ -172,12 +167,10 @@ def test_attention_goes_over_no_more_pages_than_the_tokens_of_each_row_fill(
     from extras import cpu_decoding as decoding
 
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
-    limits, seen, attend, another = (
-        [3, 40, 7, 1, 30, 12, 5] * 3,
-        [],
-        decoding.PagedLayer.attend,
-        decoding.Pages.another,
-    )
+    limits = [3, 40, 7, 1, 30, 12, 5] * 3
+    seen = []
+    attend = decoding.PagedLayer.attend
+    another = decoding.Pages.another
 
     def count(pages):
         page = another(pages)
@@ -204,11 +197,9 @@ def test_attention_goes_over_no_more_pages_than_the_tokens_of_each_row_fill(
 
     monkeypatch.setattr(decoding.PagedLayer, "attend", check)
     evaluate.generate(model, tokenizer, family, [*PROMPTS, *["y" * 200] * 14], limits, batch_size=6)
-    assert (
-        len(seen) > 100
-        and any(length >= 200 for length, _ in seen)
-        and min(count for _, count in seen) < max(count for _, count in seen) / 4
-    )
+    assert len(seen) > 100
+    assert any(length >= 200 for length, _ in seen)
+    assert min(count for _, count in seen) < max(count for _, count in seen) / 4
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -217,7 +208,9 @@ def test_attention_over_pages_is_attention_over_the_tokens_of_a_row():
     from extras import cpu_decoding as decoding
 
     torch.manual_seed(0)
-    lengths, heads, width = [1, 16, 17, 50], 2, 8
+    lengths = [1, 16, 17, 50]
+    heads = 2
+    width = 8
     keys, values = [
         [torch.randn(heads, length, width) * scale for length in lengths] for scale in (9, 1)
     ]
@@ -227,7 +220,8 @@ def test_attention_over_pages_is_attention_over_the_tokens_of_a_row():
     def enter(rows):
         for row in rows:
             read = decoding.DynamicLayer()
-            read.keys, read.values = keys[row][None], values[row][None]
+            read.keys = keys[row][None]
+            read.values = values[row][None]
             new = pages.enter([keys[row].shape[1]])
             layer.reserve()
             layer.enter(read, [(0, 0, keys[row].shape[1])], new)
@@ -250,7 +244,8 @@ def test_attention_over_pages_is_attention_over_the_tokens_of_a_row():
                 torch.cat([values[row], value], 1),
             )
         longest = max(keys[row].shape[1] for row in there)
-        query, bias = torch.randn(len(there), 6, 1, width), torch.randn(1, 6, 1, longest)
+        query = torch.randn(len(there), 6, 1, width)
+        bias = torch.randn(1, 6, 1, longest)
         for each in (None, bias):
             out = layer.attend(query, each, 0.5)
             for place, row in enumerate(there):
@@ -274,11 +269,9 @@ def test_a_model_that_changes_keys_after_the_cache_keeps_hugging_face_s_cache(
     from extras import cpu_decoding as decoding
 
     model, tokenizer, family = evaluate.load_model(str(model_folder("llama")))
-    expected, paged, can_be_paged = (
-        evaluate.generate(model, tokenizer, family, PROMPTS, 12),
-        [],
-        decoding.can_be_paged,
-    )
+    expected = evaluate.generate(model, tokenizer, family, PROMPTS, 12)
+    paged = []
+    can_be_paged = decoding.can_be_paged
     update = transformers.cache_utils.DynamicLayer.update
     monkeypatch.setattr(
         transformers.cache_utils.DynamicLayer,
@@ -288,29 +281,26 @@ def test_a_model_that_changes_keys_after_the_cache_keeps_hugging_face_s_cache(
     monkeypatch.setattr(
         decoding, "can_be_paged", lambda state: paged.append(can_be_paged(state)) or paged[-1]
     )
-    assert (
-        evaluate.generate(model, tokenizer, family, PROMPTS, 12) == expected
-        and paged
-        and not any(paged)
-    )
+    assert evaluate.generate(model, tokenizer, family, PROMPTS, 12) == expected
+    assert paged
+    assert not any(paged)
 
 
 def test_of_shorter_prompts_more_rows_are_decoded_side_by_side_in_as_many_tokens(
     model_folder, monkeypatch
 ):
     model, tokenizer, family = evaluate.load_model(str(model_folder("gpt2")))
-    held, step = [], evaluate.decode_step
+    held = []
+    step = evaluate.decode_step
     monkeypatch.setattr(
         evaluate,
         "decode_step",
         lambda *a: held.append((len(a[2]), int(a[3]["positions"].sum()))) or step(*a),
     )
     evaluate.generate(model, tokenizer, family, ["x" * 150] * 8 + ["y" * 20] * 40, 64, batch_size=4)
-    assert (
-        held[0][0] == 4
-        and max(rows for rows, _ in held) == 8
-        and max(tokens for _, tokens in held) <= 4 * (150 + 64)
-    )
+    assert held[0][0] == 4
+    assert max(rows for rows, _ in held) == 8
+    assert max(tokens for _, tokens in held) <= 4 * (150 + 64)
 
 
 def test_on_a_cpu_the_cache_takes_bounded_memory_unless_a_batch_size_is_named(model_folder):
@@ -375,7 +365,8 @@ def test_the_likeliest_word_is_exact_where_8_bits_cannot_tell_words_apart():
     torch.manual_seed(0)
     for words, width, rows in ((2, 1, 3), (1000, 64, 8), (3001, 200, 5), (1057, 33, 1)):
         for common, outlier in ((0, 1), (30, 1), (0, 100)):
-            head, hidden = torch.nn.Linear(width, words, bias=False), torch.randn(rows, width) * 5
+            head = torch.nn.Linear(width, words, bias=False)
+            hidden = torch.randn(rows, width) * 5
             hidden[:, 0] *= outlier
             with torch.no_grad():
                 head.weight.normal_().mul_(torch.rand(words, 1) + 0.1).add_(
@@ -388,27 +379,25 @@ def test_the_likeliest_word_is_exact_where_8_bits_cannot_tell_words_apart():
             logits = hidden.double() @ head.weight.double().t()
             rounding = width * 2**-23 * hidden.norm(dim=1) * head.weight.norm(dim=1).amax()
             chosen = logits.gather(1, word[:, None])[:, 0]
-            assert (logits.amax(1) - chosen <= rounding).all() and (
-                (best - chosen).abs() <= rounding
-            ).all()
+            assert (logits.amax(1) - chosen <= rounding).all()
+            assert ((best - chosen).abs() <= rounding).all()
 
 
 @with_8_bits
 def test_of_equal_words_the_first_is_the_likeliest_and_a_number_that_is_none_is_noticed():
     from extras.cpu_decoding import Likeliest
 
-    head, hidden = torch.nn.Linear(8, 100, bias=False), torch.ones(3, 8)
+    head = torch.nn.Linear(8, 100, bias=False)
+    hidden = torch.ones(3, 8)
     with torch.no_grad():
         head.weight.fill_(0.5)  # all words are in doubt
         assert [x.tolist() for x in Likeliest(head)(hidden)] == [[4.0] * 3, [0] * 3]
         head.weight[40:60] = 1.0
         hidden[1, 2] = torch.nan
         best, word = Likeliest(head)(hidden)
-        assert (
-            best.isfinite().tolist() == [True, False, True]
-            and word[0] == word[2] == 40
-            and word[1] < 100
-        )
+        assert best.isfinite().tolist() == [True, False, True]
+        assert word[0] == word[2] == 40
+        assert word[1] < 100
         head.weight[7, 1] = torch.inf
         assert not Likeliest(head)(hidden)[0].isfinite().any()
 
@@ -465,43 +454,35 @@ def test_weights_are_the_same_bits_after_decoding_even_where_it_fails(
     kind, model_folder, monkeypatch
 ):
     model, tokenizer, family = evaluate.load_model(str(model_folder(kind)))
-    before, parameters = (
-        {k: v.clone() for k, v in model.state_dict().items()},
-        list(map(id, model.parameters())),
-    )
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    parameters = list(map(id, model.parameters()))
     evaluate.generate(model, tokenizer, family, PROMPTS, 3)
     monkeypatch.setattr(evaluate, "decode_step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate.generate(model, tokenizer, family, PROMPTS, 3)
-    assert (
-        all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        and list(map(id, model.parameters())) == parameters
-    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert list(map(id, model.parameters())) == parameters
     with torch.no_grad():
-        assert next(iter(model.parameters())).requires_grad and not torch.is_inference(
-            model.get_output_embeddings().weight
-        )
+        assert next(iter(model.parameters())).requires_grad
+        assert not torch.is_inference(model.get_output_embeddings().weight)
 
 
 def test_gelu_in_one_operation_is_the_function_of_the_config(model_folder):
     import transformers
 
     folder = str(model_folder("gpt2"))
-    model, theirs, ids = (
-        evaluate.load_model(folder)[0].eval(),
-        transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
-        torch.arange(3, 60)[None],
-    )
-    assert (
-        type(model.transformer.h[0].mlp.act) is not type(theirs.transformer.h[0].mlp.act)
-        and model.config.activation_function == "gelu_new"
-    )
+    model = evaluate.load_model(folder)[0].eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(3, 60)[None]
+    assert type(model.transformer.h[0].mlp.act) is not type(theirs.transformer.h[0].mlp.act)
+    assert model.config.activation_function == "gelu_new"
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_eos_ends_a_completion_with_reason_stop():
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     first = model(torch.tensor([[40, 41]])).logits[0, -1].argmax().item()
     model.generation_config.eos_token_id = first  # so that the first token already ends it
     prompt = tokenizer.decode([40, 41])
@@ -512,7 +493,8 @@ def test_eos_ends_a_completion_with_reason_stop():
 
 
 def test_a_stop_string_ends_a_completion_and_is_cut_off():
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     text = evaluate.generate(model, tokenizer, "decoder", PROMPTS[:1], 20)[0][0]["completion"]
     stop = text[4:6]
     row = evaluate.generate(model, tokenizer, "decoder", PROMPTS[:1], 20, stop=[stop])[0][0]
@@ -520,10 +502,12 @@ def test_a_stop_string_ends_a_completion_and_is_cut_off():
 
 
 def test_a_model_that_never_stops_is_cut_at_the_models_positions():
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     model.generation_config.eos_token_id = tokenizer.eos_token_id = 2
     row = evaluate.generate(model, tokenizer, "decoder", ["x" * 250], 1000)[0][0]
-    assert row["finish_reason"] == "length" and len(row["completion"]) <= 6
+    assert row["finish_reason"] == "length"
+    assert len(row["completion"]) <= 6
 
 
 @pytest.mark.parametrize("prompt", ["", "x" * 256])
@@ -533,12 +517,11 @@ def test_a_prompt_that_is_empty_or_too_long_is_named(prompt):
 
 
 def test_a_prompt_that_is_too_long_may_go_unanswered_and_the_others_do_not_suffer(capsys):
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     rows = evaluate.generate(model, tokenizer, "decoder", ["a", "x" * 256, "b"], 5, too_long="skip")
-    assert (
-        rows[1] == [{"completion": "", "finish_reason": "length"}]
-        and "1 of 3 prompts get fewer new tokens than asked, 1 none" in capsys.readouterr().out
-    )
+    assert rows[1] == [{"completion": "", "finish_reason": "length"}]
+    assert "1 of 3 prompts get fewer new tokens than asked, 1 none" in capsys.readouterr().out
     assert [rows[0], rows[2]] == evaluate.generate(model, tokenizer, "decoder", ["a", "b"], 5)
 
 
@@ -570,16 +553,14 @@ def test_generate_refuses_flags_that_make_no_sense(flags, sentence, tmp_path, mo
 
 
 def test_the_paper_s_value_stands_only_beside_the_paper_s_own_cells():
-    results, cell = (
-        look.read_paper_results(),
-        {
-            "model": "gpt2",
-            "method": "ft_cot",
-            "task": "multiarith",
-            "split": "default",
-            "train_key": "ft_cot",
-        },
-    )
+    results = look.read_paper_results()
+    cell = {
+        "model": "gpt2",
+        "method": "ft_cot",
+        "task": "multiarith",
+        "split": "default",
+        "train_key": "ft_cot",
+    }
     assert look.paper_value(results, cell) is not None
     assert look.paper_value(results, {**cell, "train_key": "ft_cot_8aug"}) != look.paper_value(
         results, cell
@@ -594,7 +575,8 @@ def test_the_paper_s_value_stands_only_beside_the_paper_s_own_cells():
 
 
 def test_samples_of_a_row_depend_on_its_seed_alone():
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     rows = evaluate.generate(
         model, tokenizer, "decoder", PROMPTS, 12, temperature=0.7, n=4, batch_size=5, seed=1
     )
@@ -612,7 +594,9 @@ def test_samples_of_a_row_depend_on_its_seed_alone():
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_sampled_tokens_follow_the_softmax_of_the_model(top_p):
-    model, draws, generator = tiny_model("gpt2"), 100_000, torch.Generator().manual_seed(0)
+    model = tiny_model("gpt2")
+    draws = 100_000
+    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         logits = model(torch.tensor([[40, 41, 42]])).logits[0, -1]
     tokens = torch.cat(
@@ -642,7 +626,8 @@ def test_sampled_tokens_follow_the_softmax_of_the_model(top_p):
 
 
 def test_a_prompt_is_read_once_however_many_samples_are_drawn(monkeypatch):
-    read, prefill = [], evaluate.prefill
+    read = []
+    prefill = evaluate.prefill
     monkeypatch.setattr(
         evaluate,
         "prefill",
@@ -664,7 +649,8 @@ def test_a_prompt_is_read_once_however_many_samples_are_drawn(monkeypatch):
 
 
 def test_logits_that_are_no_numbers_stop_the_run_and_name_the_prompt():
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model = tiny_model("llama")
+    tokenizer = tiny_tokenizer()
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer("!")["input_ids"][0]] = float("nan")
     with pytest.raises(UserError, match="prompt 2: the model's logits are not numbers"):
@@ -672,7 +658,8 @@ def test_logits_that_are_no_numbers_stop_the_run_and_name_the_prompt():
 
 
 def test_a_few_shot_prompt_is_cut_on_the_left_and_keeps_its_question():
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     cut = evaluate.generate(
         model, tokenizer, "decoder", ["y" * 300 + "Q: how many?"], 6, too_long="cut"
     )
@@ -680,7 +667,9 @@ def test_a_few_shot_prompt_is_cut_on_the_left_and_keeps_its_question():
 
 
 def test_a_run_that_dies_goes_on_and_decodes_nothing_twice(tmp_path, monkeypatch):
-    model, tokenizer, limits = tiny_model("gpt2"), tiny_tokenizer(), [5, 20, 9, 14, 3, 8, 12]
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
+    limits = [5, 20, 9, 14, 3, 8, 12]
 
     def decode():
         return evaluate.generate(
@@ -695,7 +684,9 @@ def test_a_run_that_dies_goes_on_and_decodes_nothing_twice(tmp_path, monkeypatch
             journal=tmp_path / "out",
         )
 
-    expected, decoded, whole = decode(), [], evaluate.decode
+    expected = decode()
+    decoded = []
+    whole = evaluate.decode
     files.remove_journals(tmp_path / "out")
 
     def dying(model, tokenizer, family, rows, *settings):
@@ -747,9 +738,12 @@ def test_kill_9_at_random_moments_leaves_the_file_of_an_uninterrupted_run(tmp_pa
         ]
 
     assert subprocess.run(command(tmp_path / "whole")).returncode == 0
-    journal, kept, chance = tmp_path / "out.journal-0", [], random.Random(0)
+    journal = tmp_path / "out.journal-0"
+    kept = []
+    chance = random.Random(0)
     for _ in range(10):
-        process, before = subprocess.Popen(command(tmp_path / "out")), len(kept)
+        process = subprocess.Popen(command(tmp_path / "out"))
+        before = len(kept)
         while process.poll() is None and (
             not journal.exists()
             or journal.read_bytes().count(b"\n") < before + chance.randrange(1, 30)
@@ -758,14 +752,13 @@ def test_kill_9_at_random_moments_leaves_the_file_of_an_uninterrupted_run(tmp_pa
         process.kill()
         process.wait()
         lines = journal.read_bytes().split(b"\n")[:-1]
-        assert (
-            lines[:before] == kept and len(set(lines)) == len(lines) < 400
-        )  # what was there is not decoded again
+        # what was there is not decoded again
+        assert lines[:before] == kept
+        assert len(set(lines)) == len(lines) < 400
         kept = lines
     assert subprocess.run(command(tmp_path / "out")).returncode == 0
-    assert (tmp_path / "out").read_bytes() == (
-        tmp_path / "whole"
-    ).read_bytes() and not journal.exists()
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not journal.exists()
 
 
 def test_two_ranks_give_the_file_of_one(tmp_path, model_folder):
@@ -910,9 +903,8 @@ def test_a_score_counts_what_it_says(tmp_path):
         s["correct_format"],
     ) == (2000, 1500, 75.0, 500, 100.0, 100.0)
     train, test = tasks.load_split("toy")
-    assert evaluate.score(path)["n"] == len(test) and evaluate.score(path, part="train")[
-        "correct"
-    ] == sum(bool(i % 4) for i in train)
+    assert evaluate.score(path)["n"] == len(test)
+    assert evaluate.score(path, part="train")["correct"] == sum(bool(i % 4) for i in train)
 
 
 def test_wilson_interval_solves_its_defining_equation():
@@ -995,11 +987,9 @@ def test_score_prints_a_line_or_an_object_for_each_file(tmp_path):
     done = run("evaluate.py", "score", *paths, "--rules", "flexible")
     assert done.stdout.count("100.00  [99.36, 100.00]") == 2
     done = run("evaluate.py", "score", tmp_path / "none.json")
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: ")
-        and len(done.stderr.splitlines()) == 1
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_table_shows_the_papers_teacher_values_beside_ours(shared):
@@ -1012,9 +1002,12 @@ def test_the_table_shows_the_papers_teacher_values_beside_ours(shared):
         )
         for pattern in ("text-davinci-002", "  +paper")
     )
-    assert ours[1] == "zs_cot, all questions" and ours[2:] == paper[2:] == [
-        f"{PUBLISHED[task]:.2f}" for task in tasks.TASKS if task in PUBLISHED
-    ]
+    assert ours[1] == "zs_cot, all questions"
+    assert (
+        ours[2:]
+        == paper[2:]
+        == [f"{PUBLISHED[task]:.2f}" for task in tasks.TASKS if task in PUBLISHED]
+    )
 
 
 def test_the_table_tells_the_last_epoch_from_the_best_on_test(tmp_path):
@@ -1027,35 +1020,27 @@ def test_the_table_tells_the_last_epoch_from_the_best_on_test(tmp_path):
             epoch=epoch,
         )
     table, skipped = look.collect(look.saved_files(tmp_path), tmp_path)
-    assert (
-        not skipped
-        and table["m", "ft, last epoch"]["toy"]["epoch"] == 3
-        and table["m", "ft, best test epoch (the paper's protocol)"]["toy"]["epoch"] == 2
-    )
+    assert not skipped
+    assert table["m", "ft, last epoch"]["toy"]["epoch"] == 3
+    assert table["m", "ft, best test epoch (the paper's protocol)"]["toy"]["epoch"] == 2
 
 
 def test_show_and_diff_print_what_there_is_to_look_at(tmp_path, capsys):
     a, b = [completion_file(tmp_path / f"{k}.json", n=12, correct=lambda i: i % k) for k in (2, 3)]
     evaluate.main(["show", str(a), "--limit", "2"])
     text = capsys.readouterr().out
-    assert (
-        "6 of 12 are right; the first 2:" in text
-        and "6 of 12 are unreadable" in text
-        and "0 of 12 are wrong" in text
-    )
+    assert "6 of 12 are right; the first 2:" in text
+    assert "6 of 12 are unreadable" in text
+    assert "0 of 12 are wrong" in text
     sample = tasks.toy_samples(2)[1]
-    assert (
-        f"right (sample 1, completion 0)\n  question:   {sample['question']}" in text
-        and "paper:      None is wrong, of []" in text
-    )
+    assert f"right (sample 1, completion 0)\n  question:   {sample['question']}" in text
+    assert "paper:      None is wrong, of []" in text
     evaluate.main(["diff", str(a), str(b)])
     text = capsys.readouterr().out
-    assert (
-        f"right in {b} (sample 2," in text
-        and f"wrong in {b} (sample 3," in text
-        and "sample 1," not in text
-        and "sample 6," not in text
-    )
+    assert f"right in {b} (sample 2," in text
+    assert f"wrong in {b} (sample 3," in text
+    assert "sample 1," not in text
+    assert "sample 6," not in text
     assert (
         "12 completions in both files: 4 right in both, 2 in the first alone, 4 in the second alone, 2 in neither"
         in text
@@ -1065,12 +1050,10 @@ def test_show_and_diff_print_what_there_is_to_look_at(tmp_path, capsys):
 def test_the_table_has_a_row_for_the_epoch_chosen_on_the_validation_share(tmp_path):
     train, test = tasks.load_split("toy")
     rest, aside = tasks.split_off_validation(train, 0.1, 0)
-    assert (
-        sorted(rest + aside) == train
-        and len(aside) == 140
-        and aside != tasks.split_off_validation(train, 0.1, 1)[1]
-        and aside == tasks.split_off_validation(train, 0.1, 0)[1]
-    )
+    assert sorted(rest + aside) == train
+    assert len(aside) == 140
+    assert aside != tasks.split_off_validation(train, 0.1, 1)[1]
+    assert aside == tasks.split_off_validation(train, 0.1, 0)[1]
     for epoch, on_test, on_validation in [(1, 2, 10), (2, 5, 4), (3, 3, 3)]:
         completion_file(
             tmp_path / "completion_data" / "B_m__C_ft" / f"D_toy__T_ft__E_{epoch:03d}.json",
@@ -1081,7 +1064,8 @@ def test_the_table_has_a_row_for_the_epoch_chosen_on_the_validation_share(tmp_pa
         )
     table, skipped = look.collect(look.saved_files(tmp_path), tmp_path)
     chosen = {label.partition(",")[2]: row["toy"]["epoch"] for (_, label), row in table.items()}
-    assert not skipped and chosen == {
+    assert not skipped
+    assert chosen == {
         " last epoch": 3,
         " best test epoch (the paper's protocol)": 2,
         " epoch chosen on validation": 1,

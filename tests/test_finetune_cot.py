@@ -59,8 +59,10 @@ def test_the_default_run_goes_through_all_stages_and_reports_both_methods(
     )
     assert [name for name, _ in rows] == ["ft", "ft_cot"]
     kept, total = map(int, re.search(r"kept (\d+) of (\d+) rationales", out).groups())
-    assert total == 84 and 50 < kept < 84
-    assert "completion of" in out and f"Everything is under {tmp_path}/" in out
+    assert total == 84
+    assert 50 < kept < 84
+    assert "completion of" in out
+    assert f"Everything is under {tmp_path}/" in out
     for name in (
         "completion_data/B_toy_teacher__C_zs_cot_t70/D_toy.json",
         "finetune_data/P_decoder/F_ft_toy.json",
@@ -76,7 +78,8 @@ def test_a_second_run_skips_what_is_there_and_changes_nothing(small_toy, tmp_pat
     method(capsys, "--saved", tmp_path, *SMALL)
     before = contents(tmp_path)
     message, out = method(capsys, "--saved", tmp_path, *SMALL)
-    assert message is None and contents(tmp_path) == before
+    assert message is None
+    assert contents(tmp_path) == before
     assert (
         out.count("made with the same settings: skipped") == 7
     )  # sample, 2 x curate, train, evaluate
@@ -86,8 +89,10 @@ def test_a_second_run_skips_what_is_there_and_changes_nothing(small_toy, tmp_pat
 def test_a_run_with_the_same_seed_writes_the_same_bytes_elsewhere(small_toy, tmp_path, capsys):
     for name in ("a", "b"):
         method(capsys, "--saved", tmp_path / name, *SMALL, "--method", "ft_cot")
-    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert a == b and len(a) > 8
+    a = contents(tmp_path / "a")
+    b = contents(tmp_path / "b")
+    assert a == b
+    assert len(a) > 8
 
 
 @pytest.mark.parametrize(
@@ -171,17 +176,16 @@ def test_training_alone_refuses_a_file_that_was_curated_with_other_settings(
     for stage in ("sample", "curate"):
         method(capsys, *flags, "--stage", stage)
     message, out = method(capsys, *flags, "--stage", "train", "--label_style", "natural")
-    assert (
-        "was made with other settings: make it with --stage curate" in message
-        and "template ft_cot_token -> ft_cot_natural" in out
-    )
+    assert "was made with other settings: make it with --stage curate" in message
+    assert "template ft_cot_token -> ft_cot_natural" in out
 
 
 def test_stages_run_one_by_one_as_they_do_in_one_go(small_toy, tmp_path, capsys):
     method(capsys, "--saved", tmp_path / "whole", *SMALL)
     for stage in ("sample", "curate", "train", "evaluate"):
         assert method(capsys, "--saved", tmp_path / "parts", *SMALL, "--stage", stage)[0] is None
-    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    whole = contents(tmp_path / "whole")
+    parts = contents(tmp_path / "parts")
     assert whole == parts
 
 
@@ -196,13 +200,13 @@ def test_prompting_methods_run_on_the_untrained_student(small_toy, tmp_path, cap
     message, out = method(
         capsys, "--saved", tmp_path, "--method", "zs", "zs_cot", "--max_new_tokens", 100
     )
-    assert message is None and len(re.findall(r"^zs(?:_cot)? +[\d.]+%", out, re.M)) == 2
+    assert message is None
+    assert len(re.findall(r"^zs(?:_cot)? +[\d.]+%", out, re.M)) == 2
     rows = evaluate.read_completions(
         tmp_path / "completion_data/B_toy_student__C_zs_cot/D_toy__S_default.json"
     )[1]
-    assert rows[0]["prompt"].endswith("Therefore, the answer is") and rows[0][
-        "reasoning_prompt"
-    ].endswith("step by step.")
+    assert rows[0]["prompt"].endswith("Therefore, the answer is")
+    assert rows[0]["reasoning_prompt"].endswith("step by step.")
 
 
 def test_a_local_model_can_be_the_teacher(small_toy, tmp_path, capsys, model_folder):
@@ -220,7 +224,8 @@ def test_a_local_model_can_be_the_teacher(small_toy, tmp_path, capsys, model_fol
     assert message is None, message
     [file] = (tmp_path / "completion_data").glob("B_*/D_toy.json")
     metadata, rows = evaluate.read_completions(file)
-    assert len(rows) == 120 and metadata["settings"]["temperature"] == 0.7
+    assert len(rows) == 120
+    assert metadata["settings"]["temperature"] == 0.7
 
 
 # ---------------------------------------------------------------- published files
@@ -259,9 +264,9 @@ def test_curating_the_published_completions_gives_the_published_fine_tuning_file
 ):
     message, out = method(capsys, "--stage", "curate", "--label_style", "gpt3", *published)
     ours = Path(published[1]) / "finetune_data/P_openai/F_zs_cot_multiarith.jsonl"
+    assert message is None
     assert (
-        message is None
-        and ours.read_bytes()
+        ours.read_bytes()
         == (shared / "saved/finetune_data/P_openai/F_zs_cot_multiarith.jsonl").read_bytes()
     )
     assert "kept 323 of 420 rationales (76.9%)" in out
@@ -283,11 +288,9 @@ def test_a_fine_tuning_file_edited_by_hand_is_kept_aside(published, capsys):
     whole = path.read_bytes()
     path.write_text("mine")
     _, out = method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
-    assert (
-        path.read_bytes() == whole
-        and path.with_name(path.name + ".old1").read_text() == "mine"
-        and "is kept as" in out
-    )
+    assert path.read_bytes() == whole
+    assert path.with_name(path.name + ".old1").read_text() == "mine"
+    assert "is kept as" in out
 
 
 def test_degree_takes_that_many_rationales_of_a_question(published, capsys):
@@ -323,7 +326,8 @@ def test_an_empty_set_after_curation_is_refused_and_leaves_no_file(published, ca
             row["completion"] = "no idea"
     files.write_json(path, content)
     message, _ = method(capsys, "--stage", "curate", "--method", "ft_cot", *published)
-    assert message.startswith("error: no correct rationale is left for multiarith") and not [
+    assert message.startswith("error: no correct rationale is left for multiarith")
+    assert not [
         path for path in (Path(published[1]) / "finetune_data").rglob("*") if path.is_file()
     ]
 
@@ -348,9 +352,9 @@ def test_samples_that_are_too_long_are_dropped_and_counted(tmp_path, capsys, mod
         "--max_length",
         50,
     )
+    assert message is None
     assert (
-        message is None
-        and "dropped 1 of 2 samples that are longer than 50 tokens (or than the model): sample_index 7"
+        "dropped 1 of 2 samples that are longer than 50 tokens (or than the model): sample_index 7"
         in out
     )
 
@@ -508,9 +512,8 @@ def test_bad_input_gets_one_clear_sentence_and_a_failing_exit(
         message
     )
     assert re.search(sentence, message), message
-    assert (tmp_path / "stranger" / "thesis.txt").read_text() == "precious" and os.listdir(
-        tmp_path / "stranger"
-    ) == ["thesis.txt"]
+    assert (tmp_path / "stranger" / "thesis.txt").read_text() == "precious"
+    assert os.listdir(tmp_path / "stranger") == ["thesis.txt"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs another user to run as")
@@ -563,13 +566,12 @@ def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, capsys
             process.send_signal(2)
             break
     _, errors = process.communicate(timeout=60)
-    assert (
-        process.returncode == 1
-        and errors.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
-        and "Traceback" not in errors
-    )
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
+    assert "Traceback" not in errors
     message, out = method(capsys, *command[2:])
-    assert message is None and re.search(r"going on after step \d+ of 80", out)
+    assert message is None
+    assert re.search(r"going on after step \d+ of 80", out)
 
 
 # ---------------------------------------------------------------- start-up
@@ -581,7 +583,8 @@ def test_help_answers_within_half_a_second_and_names_every_flag_with_its_default
         start = time.perf_counter()
         done = run("finetune_cot.py", "--help")
         seconds.append(time.perf_counter() - start)
-    assert done.returncode == 0 and min(seconds) < 0.5
+    assert done.returncode == 0
+    assert min(seconds) < 0.5
     for flag in (
         "--task",
         "--teacher",
@@ -623,7 +626,8 @@ def test_the_paper_s_setting_is_the_default_for_every_benchmark():
 def test_the_best_epoch_is_kept_beside_the_last(
     validation, small_toy, tmp_path, capsys, monkeypatch
 ):
-    shares, score = iter([50.0, 75.0, 75.0, 60.0]), evaluate.score
+    shares = iter([50.0, 75.0, 75.0, 60.0])
+    score = evaluate.score
 
     def scored(path, part="test", *where, **more):
         if (

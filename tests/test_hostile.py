@@ -45,7 +45,8 @@ def test_each_seed_has_files_of_its_own_from_the_teacher_to_the_test(small_toy, 
     before = contents(tmp_path)
     assert method(capsys, *flags, "--seed", 1, "--data_seed", 1)[0] is None
     after = contents(tmp_path)
-    assert before == {name: after[name] for name in before} and len(after) > 2 * len(before) - 3
+    assert before == {name: after[name] for name in before}
+    assert len(after) > 2 * len(before) - 3
     assert (tmp_path / "completion_data/B_toy_teacher__C_zs_cot_t70_s1/D_toy.json").exists()
 
 
@@ -58,7 +59,8 @@ def test_a_changed_benchmark_is_curated_again_and_its_old_completions_are_refuse
     samples = [
         {"sample_index": i, "question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(4)
     ]
-    data, teacher = tmp_path / "data", tmp_path / "completion_data/B_t__C_zs_cot/D_multiarith.json"
+    data = tmp_path / "data"
+    teacher = tmp_path / "completion_data/B_t__C_zs_cot/D_multiarith.json"
     files.write_json(
         data / "dataset/multiarith.json",
         {"metadata": {"dataset_key": "multiarith"}, "data": samples},
@@ -102,9 +104,8 @@ def test_a_changed_benchmark_is_curated_again_and_its_old_completions_are_refuse
         {"metadata": {"dataset_key": "multiarith"}, "data": samples},
     )
     message, out = method(capsys, *flags)
-    assert (
-        "settings changed (samples" in out and "sample 2 is not sample 2 of multiarith" in message
-    )
+    assert "settings changed (samples" in out
+    assert "sample 2 is not sample 2 of multiarith" in message
 
 
 def test_an_edited_template_is_another_one_to_teacher_student_and_test(
@@ -153,7 +154,8 @@ def test_changed_few_shot_examples_make_completions_again(
     for examples, said in (("Q: 1\nA: 1", ""), ("Q: 2\nA: 2", "settings changed (examples")):
         files.write_json(tmp_path / "few_shot_cot_prompts.json", {"toy": {"prompt": examples}})
         message, out = method(capsys, *flags)
-        assert message is None and said in out
+        assert message is None
+        assert said in out
 
 
 def test_evaluating_alone_refuses_a_student_that_was_made_with_other_settings(
@@ -179,10 +181,8 @@ def test_completions_of_an_older_student_are_put_aside_even_where_a_kill_came_be
 ):
     flags = ("--saved", tmp_path, "--method", "ft", "--max_new_tokens", 4)
     method(capsys, *flags, "--epochs", 2)
-    student, folder = (
-        tmp_path / "models/B_toy_student/D_toy__T_ft",
-        tmp_path / "completion_data/B_toy_student__C_ft",
-    )
+    student = tmp_path / "models/B_toy_student/D_toy__T_ft"
+    folder = tmp_path / "completion_data/B_toy_student__C_ft"
     old = files.read_json(student / "run.json")["settings"]
     files.move_to_backup(student)
     files.prepare_output_dir(student, old | {"epochs": 1})  # and here the kill
@@ -256,7 +256,8 @@ def test_a_disk_that_is_full_at_any_write_is_named_and_the_same_command_goes_on(
 def test_memory_that_runs_out_in_a_step_names_the_flags_and_keeps_the_checkpoint(
     error, tmp_path, monkeypatch
 ):
-    micro_loss, calls = train_loop.micro_loss, []
+    micro_loss = train_loop.micro_loss
+    calls = []
 
     def runs_out(*arguments):
         calls.append(1)
@@ -332,7 +333,8 @@ def test_a_rank_whose_peer_has_died_says_so_and_other_errors_stay(monkeypatch, c
 def test_a_loss_or_gradient_that_is_no_number_stops_at_its_step_and_the_last_checkpoint_stays(
     what, tmp_path, monkeypatch
 ):
-    micro_loss, calls = train_loop.micro_loss, []
+    micro_loss = train_loop.micro_loss
+    calls = []
 
     def breaks(*arguments):
         loss, size = micro_loss(*arguments)
@@ -401,9 +403,11 @@ def test_a_pipeline_that_is_killed_twice_ends_as_if_left_alone(tmp_path, monkeyp
             "cpu",
         ],
     )
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     with open(tmp_path / "log", "w+") as log:
-        began, ended = time.monotonic(), []
+        began = time.monotonic()
+        ended = []
         assert kill_anywhere.end(kill_anywhere.start(whole, 1, log), 60) == 0
         takes = time.monotonic() - began
         for share in (0.5, 0.3):
@@ -411,10 +415,8 @@ def test_a_pipeline_that_is_killed_twice_ends_as_if_left_alone(tmp_path, monkeyp
             time.sleep(share * takes)
             os.kill(pid, signal.SIGKILL)
             ended.append(kill_anywhere.end(pid, 60))
-        assert (
-            -signal.SIGKILL in ended
-            and kill_anywhere.end(kill_anywhere.start(killed, 1, log), 60) == 0
-        )
+        assert -signal.SIGKILL in ended
+        assert kill_anywhere.end(kill_anywhere.start(killed, 1, log), 60) == 0
     assert kill_anywhere.contents(killed) == kill_anywhere.contents(whole)
 
 
@@ -442,8 +444,8 @@ def test_a_second_run_on_the_same_output_is_refused_and_a_killed_first_one_leave
         assert (
             f"{path} is being written by another run: wait for it, stop it, or write elsewhere"
             in message
-            and contents(tmp_path) == before
         )
+        assert contents(tmp_path) == before
         process.kill()
         process.wait()
         assert method(capsys, *flags, "--stage", stage)[0] is None
@@ -540,7 +542,8 @@ def calls(name):
 
 def test_weights_run_no_code_and_no_shell_sees_text():
     loads = [k for name in ("from_pretrained",) for _, k in calls(name)]
-    assert len(loads) == 3 and all(k.get("trust_remote_code") is False for k in loads)
+    assert len(loads) == 3
+    assert all(k.get("trust_remote_code") is False for k in loads)
     assert [k["weights_only"] for _, k in calls("load") if "map_location" in k] == [True]
     assert not [
         call
@@ -657,11 +660,9 @@ def test_the_api_key_is_in_no_file_no_output_and_no_traceback_of_the_whole_progr
         message, out = ask("--teacher_method", "zs_cot", *flags)
         assert message is None, (flags, message)
     written = sorted(map(str, (tmp_path / "completion_data").glob("*/*.json")))
-    assert (
-        len(written) == 3
-        and (tmp_path / "model_metadata").exists()
-        and (tmp_path / "models").exists()
-    )
+    assert len(written) == 3
+    assert (tmp_path / "model_metadata").exists()
+    assert (tmp_path / "models").exists()
     for command in (
         ["score", *written, "--part", "all", "--allow_partial"],
         ["table", "--saved", str(tmp_path), "--allow_partial"],
@@ -676,10 +677,8 @@ def test_the_api_key_is_in_no_file_no_output_and_no_traceback_of_the_whole_progr
     monkeypatch.setattr(teacher, "read_reply", crashes)
     with pytest.raises(ZeroDivisionError) as caught:
         ask("--teacher", "gpt-other")
-    assert (
-        KEY not in "".join(traceback.format_exception(caught.value))
-        and KEY not in f"{capsys.readouterr()}"
-    )
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+    assert KEY not in f"{capsys.readouterr()}"
 
 
 # ---------------------------------------------------------------- archives
@@ -726,7 +725,8 @@ def test_completion_files_of_an_archive_are_taken_and_score(tmp_path, capsys):
         ("B_m__C_zs/D_toy.json", b"torn {"),
     )
     message, out = importing(tmp_path / "a.tar.gz", tmp_path / "saved", capsys)
-    assert message is None and "B_m__C_zs/D_toy.json was left out: it is not valid JSON" in out
+    assert message is None
+    assert "B_m__C_zs/D_toy.json was left out: it is not valid JSON" in out
     assert sorted(contents(tmp_path / "saved")) == [
         "completion_data/B_m__C_ft/F_ft__D_toy.json",
         "completion_data/B_m__C_zs_cot/D_toy.json",
@@ -736,8 +736,8 @@ def test_completion_files_of_an_archive_are_taken_and_score(tmp_path, capsys):
     assert (
         "with other content: it was kept"
         in importing(tmp_path / "a.tar.gz", tmp_path / "saved", capsys)[1]
-        and (tmp_path / GOOD).read_text() == "mine"
     )
+    assert (tmp_path / GOOD).read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -763,7 +763,8 @@ def test_of_an_archive_with_one_hostile_entry_nothing_is_taken(
 ):
     pack(tmp_path / "a.tar.gz", (GOOD, TOY.encode()), (name, TOY.encode()), **changes)
     message, _ = importing(tmp_path / "a.tar.gz", tmp_path / "in/saved", capsys)
-    assert said in message and os.listdir(tmp_path) == ["a.tar.gz"]
+    assert said in message
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
 
 
 def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path, capsys, monkeypatch):
@@ -779,7 +780,8 @@ def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path, capsys, monkey
         message, _ = importing(pack(tmp_path / "a.tar.gz", *entries), tmp_path / "saved", capsys)
         assert said in message and not (tmp_path / "saved").exists(), message
     header = tarfile.TarInfo("././@LongLink")  # a name of 4 MB
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 4 << 20
+    header.type = tarfile.GNUTYPE_LONGNAME
+    header.size = 4 << 20
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(header.tobuf() + b"x" * (4 << 20)))
     message, _ = importing(tmp_path / "a.tar.gz", tmp_path / "saved", capsys)
     assert "unpacks to more" in message
@@ -790,5 +792,7 @@ def test_an_archive_cut_off_anywhere_leaves_whole_files_or_none(tmp_path, capsys
     for end in range(0, len(whole) - 1, 5):
         (tmp_path / "b.tar.gz").write_bytes(whole[:end])
         message, _ = importing(tmp_path / "b.tar.gz", tmp_path / "saved", capsys)
-        assert message and message.startswith("error: ") and "\n" not in message
+        assert message
+        assert message.startswith("error: ")
+        assert "\n" not in message
         assert not contents(tmp_path / "saved") or (tmp_path / GOOD).read_text() == TOY

@@ -161,7 +161,9 @@ class Reply(io.BytesIO):
 
     def __init__(self, content, announced, status, then=None):
         super().__init__(content)
-        self.headers, self.status, self.then = {"Content-Length": str(announced)}, status, then
+        self.headers = {"Content-Length": str(announced)}
+        self.status = status
+        self.then = then
 
     def read(self, size=-1):
         chunk = super().read(size)
@@ -245,7 +247,8 @@ def test_every_sum_of_the_table_is_the_known_one():
 def test_default_split_file_has_the_published_sizes(prepared, key):
     split = json.loads((prepared / "split" / f"{key}__default.json").read_text())
     n, train, test = SIZES[key]
-    assert (len(split["train"]), len(split["test"])) == (train, test) and set(split) == {
+    assert (len(split["train"]), len(split["test"])) == (train, test)
+    assert set(split) == {
         "train",
         "test",
     }
@@ -290,9 +293,8 @@ def test_real_aqua_test_part_converts():
     recipe = prepare.RECIPES["aqua"]
     rows = recipe.read((Path(SHARED) / "mirror" / recipe.raw[1].path).read_text(encoding="utf-8"))
     converted = [recipe.convert(row) for row in rows]
-    assert len(converted) == 254 and all(
-        f" ({letter}) " in question for question, _, _ in converted for letter in "ABCDE"
-    )
+    assert len(converted) == 254
+    assert all(f" ({letter}) " in question for question, _, _ in converted for letter in "ABCDE")
     assert {answer for _, answer, _ in converted} == set("ABCDE")
     assert all(rationale == rationale.strip() != "" for _, _, rationale in converted)
 
@@ -301,8 +303,10 @@ def test_real_aqua_test_part_converts():
 def test_default_split_rule_gives_the_published_sizes(key):
     n, train, test = SIZES[key]
     parts = tasks.default_split(key)
-    assert [len(part) for part in parts] == [train, test] and not set(parts[0]) & set(parts[1])
-    assert max(parts[0] + parts[1]) < n and all(part == sorted(part) for part in parts)
+    assert [len(part) for part in parts] == [train, test]
+    assert not set(parts[0]) & set(parts[1])
+    assert max(parts[0] + parts[1]) < n
+    assert all(part == sorted(part) for part in parts)
 
 
 def test_every_benchmark_of_tasks_has_a_recipe():
@@ -325,11 +329,12 @@ def test_aqua_puts_train_before_test_and_keeps_rationales(mirror, tmp_path):
         "answer": "B",
         "rationale": "It is 1/2.",
     }
-    assert [sample["sample_index"] for sample in data] == list(range(5)) and data[3][
-        "question"
-    ] == data[0]["question"]
+    assert [sample["sample_index"] for sample in data] == list(range(5))
+    assert data[3]["question"] == data[0]["question"]
     train, test = tasks.load_split("aqua", data_dir=tmp_path / "out")
-    assert len(train) == 2 and set(train) < {0, 1, 2} and test == [3, 4]
+    assert len(train) == 2
+    assert set(train) < {0, 1, 2}
+    assert test == [3, 4]
 
 
 def test_choices_are_lettered_stripped_and_closed_by_a_point():
@@ -354,7 +359,8 @@ def test_dates_are_shuffled_by_one_state_for_all_rows():
         ["wed", "tue", "mon"],
         ["tue", "wed", "mon"],
     ]
-    assert shuffled[0]["input"] == "When?" and prepare.which_is_true(shuffled[0])[1] == "C"
+    assert shuffled[0]["input"] == "When?"
+    assert prepare.which_is_true(shuffled[0])[1] == "C"
 
 
 def test_strategy_rationale_begins_after_the_answer():
@@ -397,11 +403,9 @@ def test_wrong_sum_in_the_mirror_names_the_file_and_the_other_task_is_prepared(
     path.write_bytes(SUMS + b" ")
     assert run(tmp_path / "out", "single_eq", "coin_flip", "--mirror", str(mirror)) == 1
     error = error_of(capsys)
-    assert (
-        str(path) in error
-        and digest(SUMS) in error
-        and f"replace it by {prepare.HOST}me/sums" in error
-    )
+    assert str(path) in error
+    assert digest(SUMS) in error
+    assert f"replace it by {prepare.HOST}me/sums" in error
     assert files_under(tmp_path / "out") == [
         "dataset/coin_flip.json",
         "few_shot_cot_prompts.json",
@@ -413,7 +417,8 @@ def test_missing_file_in_the_mirror_is_named(mirror, tmp_path, capsys):
     (mirror / "me/coins/c0ffee/coins.json").unlink()
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
     error = error_of(capsys)
-    assert str(mirror / "me/coins/c0ffee/coins.json") in error and "without --mirror" in error
+    assert str(mirror / "me/coins/c0ffee/coins.json") in error
+    assert "without --mirror" in error
     assert files_under(tmp_path / "out") == []
 
 
@@ -421,14 +426,10 @@ def test_aqua_without_its_train_file_says_both_ways_to_get_it(mirror, tmp_path, 
     (mirror / "me/aqua/c0ffee/train.json").unlink()
     assert run(tmp_path / "out", "--mirror", str(mirror)) == 1
     error = error_of(capsys)
-    assert (
-        "run without --mirror" in error
-        and f"put {prepare.HOST}me/aqua/c0ffee/train.json there" in error
-    )
-    assert (
-        not (tmp_path / "out/dataset/aqua.json").exists()
-        and (tmp_path / "out/dataset/single_eq.json").exists()
-    )
+    assert "run without --mirror" in error
+    assert f"put {prepare.HOST}me/aqua/c0ffee/train.json there" in error
+    assert not (tmp_path / "out/dataset/aqua.json").exists()
+    assert (tmp_path / "out/dataset/single_eq.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -442,13 +443,15 @@ def test_aqua_without_its_train_file_says_both_ways_to_get_it(mirror, tmp_path, 
 def test_wrong_aqua_train_file_is_refused(mirror, tmp_path, capsys, content, expected):
     (mirror / "me/aqua/c0ffee/train.json").write_bytes(content)
     assert run(tmp_path / "out", "aqua", "--mirror", str(mirror)) == 1
-    assert expected in error_of(capsys) and files_under(tmp_path / "out") == []
+    assert expected in error_of(capsys)
+    assert files_under(tmp_path / "out") == []
 
 
 def test_mirror_that_is_no_folder_is_refused(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "out", "--mirror", str(tmp_path / "nowhere"))
-    assert stopped.value.code != 0 and str(tmp_path / "nowhere") in capsys.readouterr().err
+    assert stopped.value.code != 0
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
 def test_changed_converter_is_noticed_and_nothing_is_written(mirror, tmp_path, capsys, monkeypatch):
@@ -457,7 +460,8 @@ def test_changed_converter_is_noticed_and_nothing_is_written(mirror, tmp_path, c
     )
     monkeypatch.setitem(prepare.RECIPES, "coin_flip", changed)
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
-    assert "converter" in error_of(capsys) and files_under(tmp_path / "out") == []
+    assert "converter" in error_of(capsys)
+    assert files_under(tmp_path / "out") == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,10 +477,8 @@ def test_downloads_are_kept_and_a_second_run_asks_for_nothing(server, tmp_path, 
         "test.json",
         "train.json",
     ]
-    assert (
-        files_under(tmp_path / "raw") == sorted(RAW)
-        and (tmp_path / "raw/me/coins/c0ffee/coins.json").read_bytes() == COINS
-    )
+    assert files_under(tmp_path / "raw") == sorted(RAW)
+    assert (tmp_path / "raw/me/coins/c0ffee/coins.json").read_bytes() == COINS
     assert (
         capsys.readouterr().err.count(f"downloading {prepare.HOST}") == 5
     )  # without a terminal: a line per file
@@ -497,7 +499,8 @@ def test_damaged_results_are_made_again(server, tmp_path):
     ):
         right = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(right[:-40])
-        assert run(tmp_path) == 0 and (tmp_path / name).read_bytes() == right
+        assert run(tmp_path) == 0
+        assert (tmp_path / name).read_bytes() == right
 
 
 def test_no_network_is_one_sentence_per_task(world, tmp_path, capsys, monkeypatch):
@@ -507,13 +510,12 @@ def test_no_network_is_one_sentence_per_task(world, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(prepare, "open_url", open_url)
     assert run(tmp_path, "coin_flip") == 1
     error = error_of(capsys)
-    assert (
-        "could not be downloaded" in error
-        and "Name or service not known" in error
-        and "--mirror" in error
-    )
+    assert "could not be downloaded" in error
+    assert "Name or service not known" in error
+    assert "--mirror" in error
     assert files_under(tmp_path) == []
-    assert run(tmp_path) == 1 and capsys.readouterr().err.count("error: ") == 3
+    assert run(tmp_path) == 1
+    assert capsys.readouterr().err.count("error: ") == 3
 
 
 @pytest.mark.parametrize(
@@ -534,14 +536,16 @@ def test_broken_connection_leaves_only_a_part_and_the_next_run_goes_on_there(
     server.update(cut=None, then=None)
     assert run(tmp_path, "coin_flip") == 0
     assert (tmp_path / "dataset/coin_flip.json").read_bytes() == COINS_BUILT
-    assert "from byte 100" in capsys.readouterr().err and not list(tmp_path.rglob("*.part"))
+    assert "from byte 100" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
     server.update(cut=100)
     run(tmp_path, "coin_flip")
     server.update(cut=None, ranges=False)
-    assert run(tmp_path, "coin_flip") == 0 and server["asked"][:2] == [
+    assert run(tmp_path, "coin_flip") == 0
+    assert server["asked"][:2] == [
         ("coins.json", 0),
         ("coins.json", 100),
     ]
@@ -559,7 +563,8 @@ def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_
     server["files"]["me/coins/c0ffee/coins.json"] = COINS if part else COINS[::-1]
     files.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
     assert run(tmp_path, "coin_flip") == 1
-    assert "thrown away" in error_of(capsys) and files_under(tmp_path) == []
+    assert "thrown away" in error_of(capsys)
+    assert files_under(tmp_path) == []
     server["files"] = dict(RAW)
     assert run(tmp_path, "coin_flip") == 0
 
@@ -581,10 +586,8 @@ def test_real_downloads_have_a_timeout_and_ask_for_the_rest(monkeypatch):
         ),
     )
     prepare.open_url("https://example.org/a", 7)
-    assert (
-        seen == [("https://example.org/a", "bytes=7-", prepare.TIMEOUT)]
-        and 0 < prepare.TIMEOUT <= 60
-    )
+    assert seen == [("https://example.org/a", "bytes=7-", prepare.TIMEOUT)]
+    assert 0 < prepare.TIMEOUT <= 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +600,8 @@ def test_ctrl_c_during_a_download_leaves_nothing_half_written(server, tmp_path):
         run(tmp_path)
     assert files_under(tmp_path) == ["raw/me/sums/c0ffee/sums.json.part"]
     server.update(cut=None, then=None)
-    assert run(tmp_path) == 0 and (tmp_path / "dataset/single_eq.json").read_bytes() == SUMS_BUILT
+    assert run(tmp_path) == 0
+    assert (tmp_path / "dataset/single_eq.json").read_bytes() == SUMS_BUILT
 
 
 def test_ctrl_c_while_an_archive_is_imported_is_one_sentence(monkeypatch, tmp_path):
@@ -654,8 +658,10 @@ def test_added_task_gets_the_default_split_of_its_file(riddles, tmp_path, monkey
     before = riddles.read_bytes()
     assert run(tmp_path, "riddles") == 0
     train, test = tasks.load_split("riddles", data_dir=tmp_path)
-    assert (len(train), len(test)) == (14, 6) and sorted(train + test) == list(range(20))
-    assert riddles.read_bytes() == before and files_under(tmp_path) == [
+    assert (len(train), len(test)) == (14, 6)
+    assert sorted(train + test) == list(range(20))
+    assert riddles.read_bytes() == before
+    assert files_under(tmp_path) == [
         "dataset/riddles.json",
         "split/riddles__default.json",
     ]
@@ -676,14 +682,17 @@ def test_added_task_with_too_few_samples_for_its_row_is_refused(
         tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(train=30, split="ordered")
     )
     assert run(tmp_path, "riddles") == 1
-    assert "has 20 samples" in error_of(capsys) and not (tmp_path / "split").exists()
+    assert "has 20 samples" in error_of(capsys)
+    assert not (tmp_path / "split").exists()
 
 
 def test_added_task_without_a_file_says_where_and_in_which_form(riddles, tmp_path, capsys):
     riddles.unlink()
     assert run(tmp_path, "riddles") == 1
     error = error_of(capsys)
-    assert str(riddles) in error and "sample_index" in error and "question" in error
+    assert str(riddles) in error
+    assert "sample_index" in error
+    assert "question" in error
 
 
 @pytest.mark.parametrize(
@@ -708,7 +717,8 @@ def test_added_task_without_a_file_says_where_and_in_which_form(riddles, tmp_pat
 def test_added_task_in_a_wrong_form_is_refused(riddles, tmp_path, capsys, content, expected):
     riddles.write_text(content)
     assert run(tmp_path, "riddles") == 1
-    assert expected in error_of(capsys) and not (tmp_path / "split").exists()
+    assert expected in error_of(capsys)
+    assert not (tmp_path / "split").exists()
 
 
 def test_added_task_with_a_gold_answer_of_another_kind_is_refused(
@@ -718,10 +728,8 @@ def test_added_task_with_a_gold_answer_of_another_kind_is_refused(
         tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(kind=tasks.KIND_NUMBER)
     )
     assert run(tmp_path, "riddles") == 1
-    assert (
-        error_of(capsys) == "error: the gold answer 'yes' of riddles is not a number"
-        and not (tmp_path / "split").exists()
-    )
+    assert error_of(capsys) == "error: the gold answer 'yes' of riddles is not a number"
+    assert not (tmp_path / "split").exists()
 
 
 def test_added_task_is_not_prepared_unless_named(riddles, mirror, tmp_path, capsys):
@@ -742,12 +750,14 @@ def test_key_that_leads_out_of_the_folder_is_refused(world, monkeypatch, tmp_pat
 
 def test_toy_task_needs_nothing(world, tmp_path, capsys):
     assert run(tmp_path, "toy") == 0
-    assert "nothing to prepare" in capsys.readouterr().out and files_under(tmp_path) == []
+    assert "nothing to prepare" in capsys.readouterr().out
+    assert files_under(tmp_path) == []
 
 
 def test_unknown_task_is_an_error_and_the_others_are_prepared(mirror, tmp_path, capsys):
     assert run(tmp_path / "out", "coinflip", "coin_flip", "--mirror", str(mirror)) == 1
-    assert "coinflip" in error_of(capsys) and (tmp_path / "out/dataset/coin_flip.json").exists()
+    assert "coinflip" in error_of(capsys)
+    assert (tmp_path / "out/dataset/coin_flip.json").exists()
 
 
 def test_command_runs_from_any_folder(tmp_path):
@@ -757,4 +767,5 @@ def test_command_runs_from_any_folder(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stderr) == (0, "") and "toy" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "toy" in done.stdout

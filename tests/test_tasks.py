@@ -81,7 +81,8 @@ def test_paper_rules_on_the_quirks_one_should_know(
 
 # ---------------------------------------------------------------- the flexible rules: what a careful person reads
 
-ARROW, NONE = "ft_cot_token", None
+ARROW = "ft_cot_token"
+NONE = None
 NUMBERS = [  # template, completion, what a careful person reads
     (ARROW, "5 - 8 = -3 --> -3", -3),
     (NONE, "5 - 8 = -3 --> -3", -3),
@@ -183,9 +184,8 @@ CASES = [
 
 
 def test_there_are_at_least_sixty_flexible_cases_over_the_four_kinds():
-    assert len(NUMBERS) + len(LETTERS) + len(YES_NO) + len(STRINGS) >= 60 and all(
-        map(len, (NUMBERS, LETTERS, YES_NO, STRINGS))
-    )
+    assert len(NUMBERS) + len(LETTERS) + len(YES_NO) + len(STRINGS) >= 60
+    assert all(map(len, (NUMBERS, LETTERS, YES_NO, STRINGS)))
 
 
 @pytest.mark.parametrize("task, template, completion, expected", CASES)
@@ -250,7 +250,9 @@ def test_default_splits_have_the_published_sizes_and_cover_their_part_once(task,
     train, test = tasks.default_split(task)
     row = tasks.TASKS[task]
     assert (len(train), len(test)) == sizes == (row.train, row.test)
-    assert train == sorted(set(train)) and test == sorted(set(test)) and not set(train) & set(test)
+    assert train == sorted(set(train))
+    assert test == sorted(set(test))
+    assert not set(train) & set(test)
     if task != "aqua":
         assert sorted(train + test) == list(range(row.n))
 
@@ -263,9 +265,8 @@ def test_the_split_rule_is_numpys_permutation():
 def test_few_shot_splits_are_nested_parts_of_the_training_set():
     train, test = tasks.load_split("toy", "default")
     parts = [tasks.load_split("toy", f"few_shot_{n}") for n in (8, 32, 128)]
-    assert [len(part[0]) for part in parts] == [8, 32, 128] and all(
-        part[1] == test for part in parts
-    )
+    assert [len(part[0]) for part in parts] == [8, 32, 128]
+    assert all(part[1] == test for part in parts)
     assert set(parts[0][0]) < set(parts[1][0]) < set(parts[2][0]) < set(train)
 
 
@@ -344,7 +345,8 @@ def test_a_toy_question_does_not_give_its_answer_away_by_length():
         answer: {len(s["question"].split()) for s in samples if s["answer"] == answer}
         for answer in ("yes", "no")
     }
-    assert lengths["yes"] == lengths["no"] and len(lengths["yes"]) == 1
+    assert lengths["yes"] == lengths["no"]
+    assert len(lengths["yes"]) == 1
     assert 0.4 < sum(s["answer"] == "yes" for s in samples) / 400 < 0.6
 
 
@@ -415,7 +417,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         files.write_atomic(tmp_path / "f", "new")
-    assert (tmp_path / "f").read_text() == "old" and os.listdir(tmp_path) == ["f"]
+    assert (tmp_path / "f").read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
 
 
 @pytest.mark.parametrize(
@@ -542,6 +545,5 @@ def test_a_full_disk_leaves_a_journal_without_a_half_line(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "OSError" in done.stderr and list(files.Journal(tmp_path / "j.jsonl").rows) == list(
-        range(9)
-    )
+    assert "OSError" in done.stderr
+    assert list(files.Journal(tmp_path / "j.jsonl").rows) == list(range(9))

@@ -43,19 +43,16 @@ def test_two_step_chat_keeps_the_reasoning_as_the_assistant_s_turn(server, ask, 
     message, out = ask("--teacher_method", "zs_cot", "--degree", 2, "--temperature", 0.7)
     assert message is None, message
     first, second = ([r for r in server.log if len(r.body["messages"]) == n] for n in (1, 3))
-    assert len(first) == len(second) == 40 and all(
-        "n" not in r.body and "stop" not in r.body for r in server.log
-    )
+    assert len(first) == len(second) == 40
+    assert all("n" not in r.body and "stop" not in r.body for r in server.log)
     question = tasks.load("toy")[0]["question"]
     [asked] = [r for r in second if r.body["messages"][0]["content"].startswith(question)][:1]
     assert [m["role"] for m in asked.body["messages"]] == ["user", "assistant", "user"]
-    assert (
-        asked.body["messages"][0]["content"] == question + "\nLet's think step by step."
-        and asked.body["messages"][2]["content"] == "Therefore, the answer is"
-    )
-    assert {r.body["temperature"] for r in first} == {0.7} and {
-        r.body["temperature"] for r in second
-    } == {0.0}  # the answer is read off greedily
+    assert asked.body["messages"][0]["content"] == question + "\nLet's think step by step."
+    assert asked.body["messages"][2]["content"] == "Therefore, the answer is"
+    # the answer is read off greedily
+    assert {r.body["temperature"] for r in first} == {0.7}
+    assert {r.body["temperature"] for r in second} == {0.0}
     file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_t70/D_toy.json"
     metadata = files.read_json(file)["metadata"]
     row = rows(file)[0]
@@ -65,11 +62,9 @@ def test_two_step_chat_keeps_the_reasoning_as_the_assistant_s_turn(server, ask, 
         "Therefore, the answer is",
         "stop",
     )
-    assert (
-        row["reasoning_prompt"].endswith("step by step.")
-        and row["reasoning_completion"].startswith("Because")
-        and row["completion"] in ("yes.", "no.")
-    )
+    assert row["reasoning_prompt"].endswith("step by step.")
+    assert row["reasoning_completion"].startswith("Because")
+    assert row["completion"] in ("yes.", "no.")
     assert metadata["usage"] == {
         "prompt_tokens": 800,
         "completion_tokens": 400,
@@ -114,9 +109,8 @@ def test_few_shot_prompts_end_at_the_next_question_even_where_the_server_does_no
         ask("--teacher_method", "fs_cot", "--api", "completions", "--data", tmp_path / "data")[0]
         is None
     )
-    assert server.log[0].body["stop"] == ["\nQ:"] and server.log[0].body["prompt"].startswith(
-        "Q: a?\nA: b. The answer is yes.\nQ: A coin"
-    )
+    assert server.log[0].body["stop"] == ["\nQ:"]
+    assert server.log[0].body["prompt"].startswith("Q: a?\nA: b. The answer is yes.\nQ: A coin")
     row = rows(tmp_path / "completion_data/B_gpt-test__C_fs_cot/D_toy.json")[0]
     assert (row["completion"], row["finish_reason"]) == (" So. The answer is no.", "stop")
 
@@ -130,14 +124,13 @@ def test_few_shot_prompts_end_at_the_next_question_even_where_the_server_does_no
     ],
 )
 def test_only_what_was_set_is_sent(server, ask, flags, names):
-    assert ask(*flags)[0] is None and set(server.log[0].body) == names
+    assert ask(*flags)[0] is None
+    assert set(server.log[0].body) == names
 
 
 def test_the_training_part_alone_can_be_asked(server, ask):
-    assert (
-        ask("--teacher_part", "train", "--split", "few_shot_8")[0] is None
-        and len(server.asked()) == len(rows(ask.file)) == 8
-    )
+    assert ask("--teacher_part", "train", "--split", "few_shot_8")[0] is None
+    assert len(server.asked()) == len(rows(ask.file)) == 8
 
 
 def test_a_larger_degree_asks_only_for_the_new_ones_and_a_smaller_one_for_nothing(
@@ -145,15 +138,14 @@ def test_a_larger_degree_asks_only_for_the_new_ones_and_a_smaller_one_for_nothin
 ):
     flags = ("--temperature", 0.7, "--degree")
     ask(*flags, 1)
-    assert (
-        ask(*flags, 3)[0] is None
-        and len(server.asked()) == 60
-        and max(keys_asked(server).values()) == 1
-    )
+    assert ask(*flags, 3)[0] is None
+    assert len(server.asked()) == 60
+    assert max(keys_asked(server).values()) == 1
     file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step_t70/D_toy.json"
     assert [row["completion_index"] for row in rows(file)] == [0, 1, 2] * 20
     ask(*flags, 2)
-    assert len(server.asked()) == 60 and len(rows(file)) == 40
+    assert len(server.asked()) == 60
+    assert len(rows(file)) == 40
 
 
 def test_changed_settings_never_reuse_old_answers(server, ask):
@@ -164,15 +156,18 @@ def test_changed_settings_never_reuse_old_answers(server, ask):
         assert len(server.asked()) == before + 20
     before = len(server.asked())
     _, out = ask()  # all rows are still there
-    assert len(server.asked()) == before and len(rows(ask.file)) == 20
+    assert len(server.asked()) == before
+    assert len(rows(ask.file)) == 20
 
 
 def test_a_finished_file_and_a_file_from_elsewhere_are_used_as_they_are(server, ask):
     ask()
     asked = len(server.log)
-    assert "made with the same settings: skipped" in ask()[1] and len(server.log) == asked
+    assert "made with the same settings: skipped" in ask()[1]
+    assert len(server.log) == asked
     ask.journal.unlink()
-    assert "using the completions of gpt-test" in ask("--degree", 1)[1] and len(server.log) == asked
+    assert "using the completions of gpt-test" in ask("--degree", 1)[1]
+    assert len(server.log) == asked
 
 
 def test_without_a_key_and_a_base_url_the_way_to_an_api_is_named(ask, monkeypatch):
@@ -258,9 +253,12 @@ def test_after_a_429_no_worker_asks_before_the_server_allows_it(server, ask, hea
         ),
         of=4,
     )
-    assert ask()[0] is None and len(rows(ask.file)) == 20 and len(server.asked()) == 24
+    assert ask()[0] is None
+    assert len(rows(ask.file)) == 20
+    assert len(server.asked()) == 24
     times = [request.time for request in server.asked()]
-    assert times[4] - times[3] >= seconds and times[3] - times[0] < 0.5
+    assert times[4] - times[3] >= seconds
+    assert times[3] - times[0] < 0.5
     assert all(
         row["attempts"] == 1 for row in files.read_jsonl(ask.journal)
     )  # being turned away is no attempt
@@ -271,15 +269,14 @@ def test_a_wait_that_is_too_long_stops_the_run_with_the_server_s_words(server, a
         server, Reply(429, {"error": {"message": "come back tomorrow"}}, {"retry-after": "60000"})
     )
     message, _ = ask("--concurrency", 1)
-    assert (
-        "the server asks to wait 60000 s" in message
-        and "come back tomorrow" in message
-        and len(server.asked()) == 1
-    )
+    assert "the server asks to wait 60000 s" in message
+    assert "come back tomorrow" in message
+    assert len(server.asked()) == 1
 
 
 def test_ten_minutes_are_waited_for(ask, server, monkeypatch):
-    seen, pause = [], api.Run.pause
+    seen = []
+    pause = api.Run.pause
 
     def short_pause(run, asked, why):
         pause(run, asked, why)
@@ -289,27 +286,24 @@ def test_ten_minutes_are_waited_for(ask, server, monkeypatch):
 
     monkeypatch.setattr(api.Run, "pause", short_pause)
     first_time(server, Reply(429, {}, {"retry-after": "600"}))
-    assert ask()[0] is None and seen == [600]
+    assert ask()[0] is None
+    assert seen == [600]
 
 
 def test_a_server_that_only_says_429_stops_the_run(server, ask, monkeypatch):
     monkeypatch.setattr(api, "LONGEST_PAUSE", 0.5)
     server.answer = lambda request: Reply(429, {"error": {"message": "slow down"}})
     message, _ = ask()
-    assert (
-        "slow down" in message
-        and "start the same command again" in message
-        and len(server.asked()) < 200
-    )
+    assert "slow down" in message
+    assert "start the same command again" in message
+    assert len(server.asked()) < 200
 
 
 def test_the_requests_a_minute_are_kept(server, ask):
     assert ask("--requests_per_minute", 1200)[0] is None
     times = [request.time for request in server.asked()]
-    assert (
-        all(b - a >= 0.03 for a, b in zip(times, times[1:]))
-        and times[-1] - times[0] >= 0.05 * 19 * 0.97
-    )
+    assert all(b - a >= 0.03 for a, b in zip(times, times[1:]))
+    assert times[-1] - times[0] >= 0.05 * 19 * 0.97
 
 
 def test_the_tokens_a_minute_are_kept(server, ask):
@@ -319,7 +313,8 @@ def test_the_tokens_a_minute_are_kept(server, ask):
 
 def test_no_more_requests_are_under_way_than_asked_for(server, ask):
     server.delay = 0.02
-    assert ask("--concurrency", 3)[0] is None and server.most_open == 3
+    assert ask("--concurrency", 3)[0] is None
+    assert server.most_open == 3
 
 
 # ---------------------------------------------------------------- what stops the run at once
@@ -345,18 +340,19 @@ def test_no_more_requests_are_under_way_than_asked_for(server, ask):
 def test_what_no_retry_can_mend_stops_the_run_and_keeps_the_rows(server, ask, status, error):
     server.answer = lambda request: Reply(status, {"error": error}) if len(server.log) > 8 else None
     message, out = ask()
-    assert message.startswith("error: ") and error["message"].replace(KEY, "[key]") in message
-    assert (
-        9 <= len(server.asked()) <= 8 + 4
-        and len(files.read_jsonl(ask.journal)) == 8
-        and not ask.file.exists()
-    )
+    assert message.startswith("error: ")
+    assert error["message"].replace(KEY, "[key]") in message
+    assert 9 <= len(server.asked()) <= 8 + 4
+    assert len(files.read_jsonl(ask.journal)) == 8
+    assert not ask.file.exists()
     assert (
         error.get("param") is None or "--no_temperature" in message and "'temperature'" in message
     )
     server.answer = lambda request: None
     asked = len(server.asked())
-    assert ask()[0] is None and len(server.asked()) == asked + 12 and len(rows(ask.file)) == 20
+    assert ask()[0] is None
+    assert len(server.asked()) == asked + 12
+    assert len(rows(ask.file)) == 20
 
 
 def test_one_refused_question_is_recorded_and_the_rest_finish(server, ask):
@@ -367,34 +363,27 @@ def test_one_refused_question_is_recorded_and_the_rest_finish(server, ask):
         else None
     )
     message, out = ask()
-    assert "1 of 20 completions are missing, 1 requests failed" in message and not ask.file.exists()
+    assert "1 of 20 completions are missing, 1 requests failed" in message
+    assert not ask.file.exists()
     [failure] = files.read_jsonl(ask.failures)
-    assert (
-        failure["sample_index"] == 7
-        and "content policy" in failure["error"]
-        and len(files.read_jsonl(ask.journal)) == 19
-    )
+    assert failure["sample_index"] == 7
+    assert "content policy" in failure["error"]
+    assert len(files.read_jsonl(ask.journal)) == 19
     assert ask("--stage", "curate", "--method", "ft_cot")[0] is None  # go on without it
-    assert (
-        len(rows(ask.file)) == 19
-        and files.read_json(ask.file)["metadata"]["settings"]["missing"] == 1
-    )
+    assert len(rows(ask.file)) == 19
+    assert files.read_json(ask.file)["metadata"]["settings"]["missing"] == 1
     server.answer = lambda request: None
-    assert (
-        ask()[0] is None
-        and len(rows(ask.file)) == 20
-        and files.read_json(ask.file)["metadata"]["settings"]["missing"] == 0
-    )
+    assert ask()[0] is None
+    assert len(rows(ask.file)) == 20
+    assert files.read_json(ask.file)["metadata"]["settings"]["missing"] == 0
 
 
 def test_a_400_to_everything_stops_after_the_first_few(server, ask):
     server.answer = lambda request: Reply(400, {"error": {"message": "bad model"}})
     message, _ = ask()
-    assert (
-        "the first 5 requests were all refused: the server answered 400" in message
-        and "bad model" in message
-        and len(server.asked()) <= 5 + 4
-    )
+    assert "the first 5 requests were all refused: the server answered 400" in message
+    assert "bad model" in message
+    assert len(server.asked()) <= 5 + 4
 
 
 # ---------------------------------------------------------------- what is worth another attempt
@@ -430,12 +419,10 @@ def test_a_passing_fault_is_retried_and_leaves_exactly_one_row(server, ask, faul
     first_time(server, PASSING[fault], of=3)
     message, _ = ask()
     assert message is None, message
-    assert (
-        len(server.asked()) == 23
-        and len(rows(ask.file)) == 20
-        and len(files.read_jsonl(ask.journal)) == 20
-        and not ask.failures.exists()
-    )
+    assert len(server.asked()) == 23
+    assert len(rows(ask.file)) == 20
+    assert len(files.read_jsonl(ask.journal)) == 20
+    assert not ask.failures.exists()
     assert files.read_json(ask.file)["metadata"]["usage"]["attempts"] == 23
 
 
@@ -447,16 +434,17 @@ def test_retries_are_bounded_and_end_in_the_failures_file(server, ask, fault):
         PASSING[fault] if tasks.load("toy")[3]["question"] in json.dumps(request.body) else None
     )
     message, _ = ask("--max_attempts", 4)
-    assert "1 of 20 completions are missing" in message and len(server.asked()) == 19 + 4
+    assert "1 of 20 completions are missing" in message
+    assert len(server.asked()) == 19 + 4
     [failure] = files.read_jsonl(ask.failures)
     assert failure["error"].startswith("given up after 4 attempts: ")
 
 
 def test_an_idle_connection_that_the_server_closed_is_no_failure(server, ask):
     server.answer = lambda request: Reply(body=completion(request), then_close=True)
-    assert (
-        ask()[0] is None and len(rows(ask.file)) == 20 and len(files.read_jsonl(ask.journal)) == 20
-    )
+    assert ask()[0] is None
+    assert len(rows(ask.file)) == 20
+    assert len(files.read_jsonl(ask.journal)) == 20
 
 
 @pytest.mark.parametrize("slow", [Reply(delay=1), Reply(body=b" " * 100, drip=0.05)])
@@ -464,12 +452,12 @@ def test_slow_replies_are_cut_by_the_wall_clock_and_counted_as_possibly_billed(s
     first_time(server, slow, of=2)
     start = time.monotonic()
     assert ask("--attempt_timeout", 0.3, "--concurrency", 2)[0] is None
-    assert time.monotonic() - start < 3 and len(server.asked()) == 22 and len(rows(ask.file)) == 20
+    assert time.monotonic() - start < 3
+    assert len(server.asked()) == 22
+    assert len(rows(ask.file)) == 20
     time.sleep(0.8)  # a late reply has no one to take it
-    assert (
-        len(files.read_jsonl(ask.journal)) == 20
-        and files.read_json(ask.file)["metadata"]["usage"]["unanswered"] == 2
-    )
+    assert len(files.read_jsonl(ask.journal)) == 20
+    assert files.read_json(ask.file)["metadata"]["usage"]["unanswered"] == 2
 
 
 @pytest.mark.slow
@@ -480,9 +468,8 @@ def test_one_request_that_always_fails_does_not_sink_the_other_999(server, ask, 
     question = tasks.load("toy")[333]["question"]
     server.answer = lambda request: PASSING["500"] if question in json.dumps(request.body) else None
     message, _ = ask("--concurrency", 32)
-    assert (
-        "1 of 1000 completions are missing" in message and len(files.read_jsonl(ask.journal)) == 999
-    )
+    assert "1 of 1000 completions are missing" in message
+    assert len(files.read_jsonl(ask.journal)) == 999
 
 
 # ---------------------------------------------------------------- answers of odd kinds
@@ -535,7 +522,8 @@ def test_a_right_answer_in_a_cut_reply_is_not_taught(server, ask, tmp_path):
     )
     ask()
     message, _ = ask("--stage", "curate", "--method", "ft_cot")
-    assert "no correct rationale is left" in message and len(rows(ask.file)) == 20
+    assert "no correct rationale is left" in message
+    assert len(rows(ask.file)) == 20
 
 
 def test_a_refusal_is_a_row_with_its_reason(server, ask):
@@ -558,9 +546,8 @@ def test_a_refusal_is_a_row_with_its_reason(server, ask):
     )
     assert ask("--concurrency", 1)[0] is None
     row = rows(ask.file)[0]
-    assert (row["completion"], row["refusal"]) == ("", "I cannot") and not tasks.grade(
-        "toy", "zs_cot_one_step", row["completion"], row["answer"]
-    ).correct
+    assert (row["completion"], row["refusal"]) == ("", "I cannot")
+    assert not tasks.grade("toy", "zs_cot_one_step", row["completion"], row["answer"]).correct
 
 
 @pytest.mark.parametrize(
@@ -586,7 +573,8 @@ def test_missing_usage_is_unknown_and_not_0(server, ask, usage):
     )
     assert ask()[0] is None
     metadata = files.read_json(ask.file)["metadata"]
-    assert metadata["usage"]["usage_unknown"] == 3 and metadata["usage"]["prompt_tokens"] == 170
+    assert metadata["usage"]["usage_unknown"] == 3
+    assert metadata["usage"]["prompt_tokens"] == 170
 
 
 # ---------------------------------------------------------------- money
@@ -602,15 +590,11 @@ def test_a_dry_run_asks_nothing_and_says_what_would_be_asked(server, ask):
         r"dry run: toy: ([\d,]+) requests, ([\d,]+) prompt tokens and at most ([\d,]+) completion tokens, at most \$([\d,.]+)",
         out,
     ).groups()
-    assert (
-        (requests, completions) == ("120", f"{120 * 128:,}")
-        and not server.log
-        and not ask.file.parent.exists()
-    )
-    assert (
-        f"{(int(prompt.replace(',', '')) * 1000 + 120 * 128 * 10000) / 1e6:,.2f}" == cost
-        and "4 characters a token" in out
-    )
+    assert (requests, completions) == ("120", f"{120 * 128:,}")
+    assert not server.log
+    assert not ask.file.parent.exists()
+    assert f"{(int(prompt.replace(',', '')) * 1000 + 120 * 128 * 10000) / 1e6:,.2f}" == cost
+    assert "4 characters a token" in out
     ask("--degree", 1)
     assert (
         "toy: 40 requests" in ask("--dry_run", "--degree", 3, "--temperature", 0)[1]
@@ -626,10 +610,9 @@ def test_a_dry_run_counts_with_the_student_s_tokenizer_where_it_is_a_folder(
         len(tasks.format_sample("zs_cot_one_step", "chat", s["question"])[0].encode())
         for s in tasks.load("toy")
     )
-    assert (
-        f"toy: 20 requests, {length:,} prompt tokens" in out
-        and "counted by the tokenizer of" in out
-    )  # one token a byte
+    # one token a byte
+    assert f"toy: 20 requests, {length:,} prompt tokens" in out
+    assert "counted by the tokenizer of" in out
 
 
 def test_the_budget_is_never_passed_and_counts_earlier_runs(server, ask):
@@ -637,25 +620,31 @@ def test_the_budget_is_never_passed_and_counts_earlier_runs(server, ask):
         body=completion(request, usage={"prompt_tokens": 200, "completion_tokens": 128}), delay=0.01
     )  # the most: $1.48
     message, _ = ask(*PRICES, "--max_cost", 8, "--concurrency", 8)
-    assert "--max_cost 8.0: $7.4000 are spent" in message and len(server.asked()) == 5
+    assert "--max_cost 8.0: $7.4000 are spent" in message
+    assert len(server.asked()) == 5
     message, _ = ask(*PRICES, "--max_cost", 8)
-    assert "are spent" in message and len(server.asked()) == 5
-    assert ask(*PRICES, "--max_cost", 12)[0] and len(server.asked()) == 8
+    assert "are spent" in message
+    assert len(server.asked()) == 5
+    assert ask(*PRICES, "--max_cost", 12)[0]
+    assert len(server.asked()) == 8
 
 
 def test_a_budget_that_has_no_room_for_the_first_request_asks_nothing(server, ask):
     message, _ = ask(*PRICES, "--max_cost", 1)  # 128 completion tokens may cost $1.28
-    assert "the next request may cost $1." in message and not server.log
+    assert "the next request may cost $1." in message
+    assert not server.log
 
 
 def test_an_unanswered_attempt_counts_against_the_budget_in_later_runs_too(server, ask):
     first_time(server, Reply(delay=1), of=1)
     ask("--attempt_timeout", 0.5, "--concurrency", 1, *PRICES, "--max_cost", 2)
     possible = [row["possible_cost"] for row in files.read_jsonl(ask.failures)]
-    assert len(possible) == 1 and 1.28 < possible[0] < 2
+    assert len(possible) == 1
+    assert 1.28 < possible[0] < 2
     asked = len(server.asked())
     message, _ = ask(*PRICES, "--max_cost", possible[0] + 1.3)
-    assert "are spent, or may have been" in message and len(server.asked()) == asked
+    assert "are spent, or may have been" in message
+    assert len(server.asked()) == asked
 
 
 # ---------------------------------------------------------------- kills, locks, full disks
@@ -695,9 +684,11 @@ def start(server, saved, *flags, **options):
 
 def kill_again_and_again(server, tmp_path, flags, times):
     """Run to the end in spite of kills, none of which makes a key in the journal be asked for again; -> requests asked again."""
-    server.delay, journaled = 0.02, set()
+    server.delay = 0.02
+    journaled = set()
     for i in range(times):
-        before, wanted = len(server.log), random.Random(i).randint(1, 40)
+        before = len(server.log)
+        wanted = random.Random(i).randint(1, 40)
         process = start(server, tmp_path, *flags)
         while process.poll() is None and len(server.log) < before + wanted:
             time.sleep(0.001)
@@ -761,23 +752,25 @@ def test_twenty_kills_lose_nothing_but_what_was_under_way(server, tmp_path):
     print(
         f"{len(keys_asked(server))} keys, {len(server.asked())} requests, {again} asked again: they were under way at one of 20 kills"
     )
-    assert again <= 20 * 8 * 2 and len(keys_asked(server)) == 63 * 4 * 2
+    assert again <= 20 * 8 * 2
+    assert len(keys_asked(server)) == 63 * 4 * 2
     assert len(same_dataset(server, tmp_path, flags)) == 63 * 4
 
 
 def test_a_torn_last_line_is_asked_again_and_a_bad_line_elsewhere_is_refused(server, ask):
     ask()
-    whole, lines = ask.file.read_bytes(), ask.journal.read_bytes().splitlines(keepends=True)
+    whole = ask.file.read_bytes()
+    lines = ask.journal.read_bytes().splitlines(keepends=True)
     ask.file.unlink()
     ask.journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])
     asked = len(server.asked())
-    assert ask()[0] is None and len(server.asked()) == asked + 1 and ask.file.read_bytes() == whole
+    assert ask()[0] is None
+    assert len(server.asked()) == asked + 1
+    assert ask.file.read_bytes() == whole
     ask.file.unlink()
     ask.journal.write_bytes(lines[0][:-9] + b"\n" + b"".join(lines[1:]))
-    assert (
-        re.search(r"D_toy.journal.jsonl, line 1 is not valid JSON", ask()[0])
-        and len(server.asked()) == asked + 1
-    )
+    assert re.search(r"D_toy.journal.jsonl, line 1 is not valid JSON", ask()[0])
+    assert len(server.asked()) == asked + 1
 
 
 @pytest.mark.slow
@@ -820,15 +813,11 @@ def test_ctrl_c_waits_for_what_is_under_way_and_keeps_it(server, tmp_path):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     [journal] = tmp_path.rglob("*.journal.jsonl")
-    assert (
-        process.returncode == 1
-        and "interrupted: what is finished is kept" in out
-        and "Traceback" not in out
-    )
-    assert (
-        len(files.read_jsonl(journal)) == len(server.log) == 8
-        and KEY.encode() not in journal.read_bytes()
-    )
+    assert process.returncode == 1
+    assert "interrupted: what is finished is kept" in out
+    assert "Traceback" not in out
+    assert len(files.read_jsonl(journal)) == len(server.log) == 8
+    assert KEY.encode() not in journal.read_bytes()
 
 
 def test_a_full_disk_stops_the_run_and_spends_no_more(server, tmp_path):
@@ -854,7 +843,8 @@ def test_a_full_disk_stops_the_run_and_spends_no_more(server, tmp_path):
         and "cannot be written (File too large), so nothing more is asked: make room" in out
         and "Traceback" not in out
     ), out
-    assert 5 < len(kept) and len(server.log) <= len(kept) + 6
+    assert 5 < len(kept)
+    assert len(server.log) <= len(kept) + 6
 
 
 # ---------------------------------------------------------------- the key, and flags
@@ -907,13 +897,16 @@ def test_plain_http_to_another_machine_warns(url, warns, capsys):
 )
 def test_flags_that_cannot_work_are_refused_before_anything_is_asked(server, ask, flags, sentence):
     message, _ = ask(*flags)
-    assert message.startswith("error: ") and sentence in message and not server.log
+    assert message.startswith("error: ")
+    assert sentence in message
+    assert not server.log
 
 
 def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(server, ask, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9\u2026")
     message, _ = ask()
-    assert "OPENAI_API_KEY holds characters" in message and "\u00e9" not in message
+    assert "OPENAI_API_KEY holds characters" in message
+    assert "\u00e9" not in message
 
 
 def test_what_was_sampled_through_an_api_is_curated_and_trains(server, ask, tmp_path):
@@ -932,8 +925,6 @@ def test_what_was_sampled_through_an_api_is_curated_and_trains(server, ask, tmp_
         "--max_new_tokens",
         4,
     )
-    assert (
-        message is None
-        and re.search(r"curate: kept \d+ of 14 rationales", out)
-        and "ft_cot (rationales)" in out
-    )
+    assert message is None
+    assert re.search(r"curate: kept \d+ of 14 rationales", out)
+    assert "ft_cot (rationales)" in out

@@ -135,7 +135,8 @@ GROUPINGS = {
 @pytest.mark.parametrize("changes", GROUPINGS.values(), ids=GROUPINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_equal_hugging_faces_own_on_the_padded_batch(kind, changes):
-    model, tokenizer = tiny_model(kind), tiny_tokenizer(bos=kind == "llama")
+    model = tiny_model(kind)
+    tokenizer = tiny_tokenizer(bos=kind == "llama")
     samples = samples_for(model, tokenizer)[:8]
     expected, expected_gradients = plain_loss_and_gradients(model, samples)
     loss, gradients = step_loss_and_gradients(model, samples, **changes)
@@ -169,11 +170,9 @@ def test_labels_end_with_eos_and_prompts_do_not():
     [sample], dropped = train_loop.encode(
         tokenizer, "decoder", {"sample_index": [4], "input": ["ab ###"], "label": [" c"]}, 512
     )
-    assert (
-        sample.label[-1] == tokenizer.eos_token_id
-        and tokenizer.eos_token_id not in sample.prompt
-        and not dropped
-    )
+    assert sample.label[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in sample.prompt
+    assert not dropped
     assert (
         tokenizer.decode(sample.prompt) == "ab ###" and tokenizer.decode(sample.label[:-1]) == " c"
     )
@@ -186,7 +185,8 @@ def test_a_sample_that_is_too_long_is_dropped_and_never_cut():
         "label": ["a", "a", "y" * 30, "twenty characters ok"],
     }
     samples, dropped = train_loop.encode(tiny_tokenizer(), "decoder", data, 25)
-    assert [s.sample_index for s in samples] == [1, 4] and dropped == [2, 3]
+    assert [s.sample_index for s in samples] == [1, 4]
+    assert dropped == [2, 3]
     samples, dropped = train_loop.encode(tiny_tokenizer(), "decoder", data, 25, max_positions=40)
     assert dropped == [2, 3, 4]  # 20 + 20 + EOS do not fit 40 positions
 
@@ -198,7 +198,8 @@ def test_a_decoder_sample_without_a_prompt_is_dropped_since_nothing_predicts_its
 
 def test_batches_hold_every_sample_once_and_depend_on_seed_and_epoch_alone():
     batches = train_loop.global_batches(21, 8, seed=3, epoch=2)
-    assert [len(b) for b in batches] == [8, 8, 5] and sorted(sum(batches, [])) == list(range(21))
+    assert [len(b) for b in batches] == [8, 8, 5]
+    assert sorted(sum(batches, [])) == list(range(21))
     assert batches == train_loop.global_batches(21, 8, seed=3, epoch=2)
     assert (
         batches
@@ -226,9 +227,8 @@ def test_micro_batches_partition_the_batch_within_bounds_and_equally_many_for_ea
 ):
     batch = [train_loop.Sample(i, [1] * (i * 7 % 5 + 1), [0]) for i in range(n)]
     groups = train_loop.micro_batches(batch, arguments(**limits), packing, world_size)
-    assert len(groups) % world_size == 0 and max(map(len, groups)) <= limits.get(
-        "micro_batch_size", 8
-    )
+    assert len(groups) % world_size == 0
+    assert max(map(len, groups)) <= limits.get("micro_batch_size", 8)
     assert sorted(s.sample_index for g in groups for s in g) == list(range(n))
     for lengths in ([len(s.prompt) + 1 for s in g] for g in groups if len(g) > 1):
         assert (sum(lengths) if packing else len(lengths) * max(lengths)) <= limits.get(
@@ -267,7 +267,8 @@ def test_a_tiny_student_learns_eight_samples_by_heart(kind, tmp_path):
         lr=1e-2,
     )
     losses = [r["epoch_loss"] for r in records if "epoch_loss" in r]
-    assert len(losses) == epochs and losses[-1] < 0.1 * losses[0]
+    assert len(losses) == epochs
+    assert losses[-1] < 0.1 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -292,12 +293,10 @@ def test_every_precision_runs_the_same_loop(precision, kind, tmp_path):
 
 def test_the_log_names_what_made_it_and_has_a_line_for_every_step(tmp_path):
     header, *records = train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path)
-    assert (
-        header["arguments"]["lr"] == 1e-3
-        and header["torch"]
-        and header["device"]
-        and header["settings"] == {"test": True}
-    )
+    assert header["arguments"]["lr"] == 1e-3
+    assert header["torch"]
+    assert header["device"]
+    assert header["settings"] == {"test": True}
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
     epoch = [r for r in records if r["epoch"] == 1 and "loss" in r]
     mean = sum(r["loss"] * r["label_tokens"] for r in epoch) / sum(r["label_tokens"] for r in epoch)
@@ -308,7 +307,9 @@ def test_the_log_names_what_made_it_and_has_a_line_for_every_step(tmp_path):
 def test_a_run_stopped_after_an_epoch_goes_on_to_bit_identical_weights_and_the_same_log(
     kind, tmp_path
 ):
-    data, whole, stopped = toy_data(), tmp_path / "whole", tmp_path / "stopped"
+    data = toy_data()
+    whole = tmp_path / "whole"
+    stopped = tmp_path / "stopped"
     expected = train_all(tiny_model(kind, dropout=0.1), tiny_tokenizer(), whole, epochs=4)
     stopped.mkdir()
     model = tiny_model(kind, dropout=0.1)
@@ -351,10 +352,8 @@ def test_a_run_stopped_after_an_epoch_goes_on_to_bit_identical_weights_and_the_s
     records = [json.loads(line) for line in (stopped / "log.jsonl").read_text().splitlines()]
     timeless = lambda rs: [{k: v for k, v in r.items() if k != "seconds"} for r in rs[1:]]
     assert timeless(records) == timeless(expected)
-    assert (
-        not list(stopped.glob("checkpoint*"))
-        and json.loads((stopped / "run.json").read_text())["finished"]
-    )
+    assert not list(stopped.glob("checkpoint*"))
+    assert json.loads((stopped / "run.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -461,7 +460,8 @@ def test_any_number_of_ranks_sharded_or_not_gives_the_losses_and_weights_of_one_
             epochs=7,
             **changes,
         )
-        one, many = step_losses(tmp_path / "one"), step_losses(tmp_path / name)
+        one = step_losses(tmp_path / "one")
+        many = step_losses(tmp_path / name)
         assert len(one) == 21 and many == pytest.approx(one, rel=1e-5), name
         weights, expected = (
             {k: v for k, v in load_file(tmp_path / out / "model.safetensors").items()}
@@ -507,7 +507,8 @@ def test_the_schedules_are_those_of_transformers_after_warm_up():
         ("cosine", get_cosine_schedule_with_warmup),
     ):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-        schedule, expected = make(optimizer, 5, 20), []
+        schedule = make(optimizer, 5, 20)
+        expected = []
         for _ in range(20):
             expected.append(schedule.get_last_lr()[0])
             optimizer.step()
@@ -526,7 +527,8 @@ def test_the_schedules_are_those_of_transformers_after_warm_up():
 
 
 def test_clipping_bounds_the_norm_of_the_gradient_of_the_whole_step():
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
     samples = samples_for(model, tokenizer)[:8]
     _, free = step_loss_and_gradients(model, samples)
     norm = torch.cat([g.flatten() for g in free.values()]).norm().item()
@@ -538,20 +540,24 @@ def test_clipping_bounds_the_norm_of_the_gradient_of_the_whole_step():
 
 
 def test_bf16_gradients_are_as_near_the_exact_ones_as_hugging_faces_own_in_bf16():
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer(bos=True)
+    model = tiny_model("llama")
+    tokenizer = tiny_tokenizer(bos=True)
     samples = samples_for(model, tokenizer)[:8]
     loss, exact = plain_loss_and_gradients(model, samples)
     with torch.autocast("cpu", torch.bfloat16):
         _, theirs = plain_loss_and_gradients(model, samples)
     half_loss, ours = step_loss_and_gradients(model, samples, precision="bf16")
-    assert half_loss == pytest.approx(loss, rel=2**-7) and half_loss != loss
+    assert half_loss == pytest.approx(loss, rel=2**-7)
+    assert half_loss != loss
     error = lambda gradients: torch.cat([(gradients[k] - exact[k]).flatten() for k in exact]).norm()
     assert 0 < error(ours) < 1.25 * error(theirs)
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_is_counted(tmp_path, capsys):
-    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
-    samples, args = samples_for(model, tokenizer)[:8], arguments(precision="fp16")
+    model = tiny_model("gpt2")
+    tokenizer = tiny_tokenizer()
+    samples = samples_for(model, tokenizer)[:8]
+    args = arguments(precision="fp16")
     setup = train_loop.set_up(
         model, samples, {"family": "decoder", "pad_id": 1, "start_id": None}, args, ONE_RANK
     )
@@ -562,13 +568,16 @@ def test_an_overflow_in_fp16_skips_the_step_and_is_counted(tmp_path, capsys):
     )
     before = [p.clone() for p in model.parameters()]
     loss, norm, *_ = train_loop.optimizer_step(setup, samples, 1, 1e-3, args, ONE_RANK)
-    assert math.isfinite(loss) and norm is None and setup.scaler.get_scale() == 2.0**59
+    assert math.isfinite(loss)
+    assert norm is None
+    assert setup.scaler.get_scale() == 2.0**59
     assert all(map(torch.equal, before, model.parameters()))
     for step in range(2, 80):
         loss, norm, *_ = train_loop.optimizer_step(setup, samples, step, 1e-3, args, ONE_RANK)
         if norm is not None:
             break
-    assert norm is not None and not all(map(torch.equal, before, model.parameters()))
+    assert norm is not None
+    assert not all(map(torch.equal, before, model.parameters()))
     rows = [
         {
             "step": 1,
@@ -710,9 +719,9 @@ def test_sigterm_in_the_last_step_of_an_epoch_stops_after_it_and_in_the_last_of_
         )
         assert ends == "finished"
     except UserError as e:
-        assert ends == "stopped" and "stopped by SIGTERM at step 9" in str(
-            e
-        )  # it came within step 8, so step 9 knows of it
+        # it came within step 8, so step 9 knows of it
+        assert ends == "stopped"
+        assert "stopped by SIGTERM at step 9" in str(e)
         train_all(
             tiny_model("gpt2", dropout=0.1),
             tiny_tokenizer(),
@@ -732,18 +741,15 @@ def test_sigterm_in_the_last_step_of_an_epoch_stops_after_it_and_in_the_last_of_
 )  # a gradient in bf16 has 8 bits
 def test_the_loss_and_its_gradient_equal_torch_s_cross_entropy(dtype, rtol):
     logits = (torch.randn(150, 50, generator=torch.Generator().manual_seed(0)) * 30).to(dtype)
-    mine, theirs, targets = (
-        logits.clone().requires_grad_(),
-        logits.clone().requires_grad_(),
-        torch.arange(150) * 7 % 50,
-    )
-    loss, truth = (
-        train_loop.LabelLoss.apply(mine * 1, targets),
-        torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="sum"),
-    )
+    mine = logits.clone().requires_grad_()
+    theirs = logits.clone().requires_grad_()
+    targets = torch.arange(150) * 7 % 50
+    loss = train_loop.LabelLoss.apply(mine * 1, targets)
+    truth = torch.nn.functional.cross_entropy(theirs.float(), targets, reduction="sum")
     (loss / 3).backward()
     (truth / 3).backward()
-    assert loss.dtype == torch.float32 and torch.allclose(loss, truth, rtol=1e-6)
+    assert loss.dtype == torch.float32
+    assert torch.allclose(loss, truth, rtol=1e-6)
     assert torch.allclose(mine.grad, theirs.grad, rtol=rtol, atol=1e-7)
 
 
@@ -772,7 +778,9 @@ def test_a_run_stopped_at_any_moment_goes_on_to_bit_identical_weights_and_the_sa
             )
         )
     )
-    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(ranks)
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    rng = random.Random(ranks)
     assert start(whole).wait(120) == 0
     for signal_sent, steps in stops:
         process = start(killed)
@@ -798,7 +806,8 @@ def test_a_run_stopped_at_any_moment_goes_on_to_bit_identical_weights_and_the_sa
 def test_the_last_k_checkpoints_are_kept_and_a_full_disk_leaves_the_one_before(
     tmp_path, monkeypatch
 ):
-    model, args = tiny_model("gpt2"), arguments(epochs=9, keep=2)
+    model = tiny_model("gpt2")
+    args = arguments(epochs=9, keep=2)
     run = train_loop.train(
         model, tiny_tokenizer(), "decoder", toy_data(), tmp_path, args, {}, ONE_RANK
     )
@@ -851,7 +860,5 @@ def test_an_unfinished_run_is_not_resumed_with_other_settings_and_its_flags_are_
     assert files.prepare_output_dir(tmp_path / "out", {"lr": 1, "seed": 0}) == "unfinished"
     with pytest.raises(UserError, match="unfinished run with other settings"):
         files.prepare_output_dir(tmp_path / "out", {"lr": 2, "seed": 0})
-    assert (
-        "settings changed (lr 1 -> 2)" in capsys.readouterr().out
-        and (tmp_path / "out" / "checkpoint_00000003.pt").exists()
-    )
+    assert "settings changed (lr 1 -> 2)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "checkpoint_00000003.pt").exists()

@@ -50,20 +50,20 @@ def test_two_rounds_for_two_steps_give_the_same_rows_as_asking_now(server, ask, 
     flags = ("--teacher_method", "zs_cot", "--degree", 2, "--temperature", 0.7)
     file = tmp_path / "completion_data/B_gpt-test__C_zs_cot_t70/D_toy.json"
     assert "40 requests submitted" in steps("submit", *flags)[1]
-    assert "completed, 40 of 40 done" in steps("status", *flags)[1] and not file.exists()
-    assert "40 answers, 0 failed, 0 missing" in steps("fetch", *flags)[1] and not file.exists()
+    assert "completed, 40 of 40 done" in steps("status", *flags)[1]
+    assert not file.exists()
+    assert "40 answers, 0 failed, 0 missing" in steps("fetch", *flags)[1]
+    assert not file.exists()
     steps("submit", *flags)
     message, _ = steps("fetch", *flags)
     by_batch = files.read_json(file)
-    assert (
-        message is None
-        and len(server.batches) == 2
-        and set(submitted(server).values()) == {1}
-        and not server.asked("/chat/completions")
-    )
-    assert ask(*flags)[0] is None and not server.asked(
-        "/chat/completions"
-    )  # asking now finds all there
+    assert message is None
+    assert len(server.batches) == 2
+    assert set(submitted(server).values()) == {1}
+    assert not server.asked("/chat/completions")
+    # asking now finds all there
+    assert ask(*flags)[0] is None
+    assert not server.asked("/chat/completions")
     file.unlink()
     file.with_suffix(".journal.jsonl").unlink()
     ask(*flags)
@@ -75,9 +75,9 @@ def test_the_one_step_format_takes_one_round_and_several_choices_a_request(serve
     flags = ("--degree", 3, "--choices", 3, "--temperature", 0.7)
     for step in ("submit", "fetch"):
         assert steps(step, *flags)[0] is None
+    assert len(submitted(server)) == 20
     assert (
-        len(submitted(server)) == 20
-        and len(
+        len(
             evaluate.read_completions(
                 tmp_path / "completion_data/B_gpt-test__C_zs_cot_one_step_t70/D_toy.json"
             )[1]
@@ -96,11 +96,10 @@ def test_shards_keep_within_count_and_bytes(server, steps, monkeypatch):
 
 def test_what_is_under_way_is_not_submitted_again(server, steps, ask):
     steps("submit")
-    assert (
-        "0 requests submitted, 20 were under way already" in steps("submit")[1]
-        and len(server.batches) == 1
-    )
-    assert "in_progress" in steps("fetch")[1] and not ask.file.exists()
+    assert "0 requests submitted, 20 were under way already" in steps("submit")[1]
+    assert len(server.batches) == 1
+    assert "in_progress" in steps("fetch")[1]
+    assert not ask.file.exists()
 
 
 @pytest.mark.parametrize(
@@ -135,16 +134,18 @@ def test_results_are_joined_by_id_and_only_what_is_missing_is_submitted_again(
     message, out = steps("fetch")
     assert message is None
     missing = {"missing": 3, "500 in a row": 1}.get(how, 0)
-    assert ask.file.exists() == (not missing) and len(files.read_jsonl(ask.journal)) == 20 - missing
-    assert ("1 unknown" in out) == (how in ("unknown", "odd line")) and (
-        "inner trouble" in out
-    ) == (how == "500 in a row")
+    assert ask.file.exists() == (not missing)
+    assert len(files.read_jsonl(ask.journal)) == 20 - missing
+    assert ("1 unknown" in out) == (how in ("unknown", "odd line"))
+    assert ("inner trouble" in out) == (how == "500 in a row")
     if missing:
         finish(server)
         assert f"{missing} requests submitted" in steps("submit")[1]
-        assert steps("fetch")[0] is None and sum(submitted(server).values()) == 20 + missing
+        assert steps("fetch")[0] is None
+        assert sum(submitted(server).values()) == 20 + missing
     rows = evaluate.read_completions(ask.file)[1]
-    assert len(rows) == 20 and not any("TWICE" in row["completion"] for row in rows)
+    assert len(rows) == 20
+    assert not any("TWICE" in row["completion"] for row in rows)
     assert how != "U+2028" or any("\u2028" in row["completion"] for row in rows)
 
 
@@ -167,16 +168,14 @@ def test_of_an_ended_batch_the_partial_results_are_kept(server, steps, ask, stat
     )
     steps("submit")
     _, out = steps("fetch")
-    assert (
-        status in out and "12 answers, 8 failed" in out and len(files.read_jsonl(ask.journal)) == 12
-    )
+    assert status in out
+    assert "12 answers, 8 failed" in out
+    assert len(files.read_jsonl(ask.journal)) == 12
     finish(server)
     steps("submit")
-    assert (
-        steps("fetch")[0] is None
-        and sum(submitted(server).values()) == 28
-        and len(evaluate.read_completions(ask.file)[1]) == 20
-    )
+    assert steps("fetch")[0] is None
+    assert sum(submitted(server).values()) == 28
+    assert len(evaluate.read_completions(ask.file)[1]) == 20
 
 
 @pytest.mark.parametrize("error_file", ["set", ""])
@@ -200,13 +199,10 @@ def test_a_completed_batch_in_which_every_request_failed_is_summarised(
     )
     steps("submit")
     message, out = steps("fetch")
-    assert message is None and (
-        "20 failed" in out and "bad prompt" in out if error_file else "20 missing" in out
-    )
-    assert (
-        not any(request.path == "/files//content" for request in server.log)
-        and not ask.file.exists()
-    )
+    assert message is None
+    assert "20 failed" in out and "bad prompt" in out if error_file else "20 missing" in out
+    assert not any(request.path == "/files//content" for request in server.log)
+    assert not ask.file.exists()
 
 
 def test_a_batch_that_fails_validation_says_why_and_loses_nothing(server, steps, ask):
@@ -223,7 +219,8 @@ def test_a_batch_that_fails_validation_says_why_and_loses_nothing(server, steps,
     assert "failed: duplicate custom_id x" in message
     finish(server)
     steps("submit")
-    assert steps("fetch")[0] is None and len(evaluate.read_completions(ask.file)[1]) == 20
+    assert steps("fetch")[0] is None
+    assert len(evaluate.read_completions(ask.file)[1]) == 20
 
 
 def test_a_file_that_is_too_large_is_refused_with_a_clear_message(server, steps, ask):
@@ -231,13 +228,11 @@ def test_a_file_that_is_too_large_is_refused_with_a_clear_message(server, steps,
         Reply(413, {"error": {"message": "too large"}}) if request.path == "/files" else None
     )
     message, _ = steps("submit")
-    assert (
-        re.search(
-            r"batch of 20 requests \(\d+ bytes\): the server answered 413: .*too large.*nothing is lost",
-            message,
-        )
-        and not server.batches
+    assert re.search(
+        r"batch of 20 requests \(\d+ bytes\): the server answered 413: .*too large.*nothing is lost",
+        message,
     )
+    assert not server.batches
     server.answer = lambda request: None
     assert "20 requests submitted" in steps("submit")[1]
 
@@ -250,7 +245,8 @@ def test_a_lost_reply_to_the_creation_leaves_one_batch(server, steps, ask, fault
             return fault
 
     server.answer = answer
-    assert steps("submit")[0] is None and len(server.batches) == 1
+    assert steps("submit")[0] is None
+    assert len(server.batches) == 1
     server.answer = lambda request: None
     server.finish_batch(
         server.batches[0],
@@ -260,7 +256,8 @@ def test_a_lost_reply_to_the_creation_leaves_one_batch(server, steps, ask, fault
             if line
         ],
     )
-    assert steps("fetch")[0] is None and len(evaluate.read_completions(ask.file)[1]) == 20
+    assert steps("fetch")[0] is None
+    assert len(evaluate.read_completions(ask.file)[1]) == 20
 
 
 @pytest.mark.parametrize("created", [True, False])
@@ -291,11 +288,9 @@ def test_an_intent_whose_outcome_is_unknown_is_looked_up_by_the_next_step(
             ],
         )
     assert f"{0 if created and server.batches else 20} requests submitted" in steps("submit")[1]
-    assert (
-        steps("fetch")[0] is None
-        and len(server.batches) == 1
-        and len(evaluate.read_completions(ask.file)[1]) == 20
-    )
+    assert steps("fetch")[0] is None
+    assert len(server.batches) == 1
+    assert len(evaluate.read_completions(ask.file)[1]) == 20
 
 
 @pytest.mark.parametrize("fault", ["404", "truncated", "cut"])
@@ -318,23 +313,21 @@ def test_a_result_file_that_is_not_all_there_is_fetched_again_and_nothing_marked
     server.answer = answer
     message, _ = steps("fetch")
     if times == 99:
-        assert (
-            "start the same command again" in message
-            and not ask.journal.exists()
-            and len(server.asked("/content")) == 4
-        )
+        assert "start the same command again" in message
+        assert not ask.journal.exists()
+        assert len(server.asked("/content")) == 4
         server.answer = lambda request: None
         message, _ = steps("fetch")
-    assert (
-        message is None
-        and len(evaluate.read_completions(ask.file)[1]) == 20
-        and len(server.batches) == 1
-    )
+    assert message is None
+    assert len(evaluate.read_completions(ask.file)[1]) == 20
+    assert len(server.batches) == 1
 
 
 def test_a_budget_without_room_for_the_batch_submits_nothing(server, steps):
     message, _ = steps("submit", "--price_in", 1000, "--price_out", 10000, "--max_cost", 10)
-    assert "--max_cost 10.0" in message and "may cost $" in message and not server.files
+    assert "--max_cost 10.0" in message
+    assert "may cost $" in message
+    assert not server.files
 
 
 # ---------------------------------------------------------------- OpenAI-style students
@@ -372,16 +365,17 @@ def test_a_student_is_trained_by_a_job_and_evaluated_like_any_other(
         "ft:gpt-small:x",
         "succeeded",
     )
-    assert server.files["file-0"] == curated.read_bytes() and server.jobs[0]["method"] == {
-        "type": "supervised"
-    }
-    assert ask("--stage", "train", *flags)[0] is None and len(server.jobs) == 1
+    assert server.files["file-0"] == curated.read_bytes()
+    assert server.jobs[0]["method"] == {"type": "supervised"}
+    assert ask("--stage", "train", *flags)[0] is None
+    assert len(server.jobs) == 1
     before = len(server.asked())
     message, out = ask("--stage", "evaluate", *flags)
-    assert message is None and "ft_cot (rationales)" in out and len(server.asked()) == before + 6
-    assert (
-        server.asked()[-1].body["model"] == "ft:gpt-small:x" and prompt in server.asked()[-1].body
-    )
+    assert message is None
+    assert "ft_cot (rationales)" in out
+    assert len(server.asked()) == before + 6
+    assert server.asked()[-1].body["model"] == "ft:gpt-small:x"
+    assert prompt in server.asked()[-1].body
     [file] = (tmp_path / "completion_data/B_gpt-small__C_ft_cot").glob("D_toy__T_*.json")
     assert evaluate.read_completions(file)[0]["prediction_template"] == "ft_cot_token"
 
@@ -423,10 +417,10 @@ def test_a_lost_reply_to_the_creation_of_a_job_leaves_one_job_and_a_failed_one_i
         usual(request),
     )[2]
     message, out = ask(*flags, "train")
-    assert (
-        re.search(r"the fine-tuning job ftjob-0 failed: too few samples", message)
-        and len(server.jobs) == 1
-        and "queued" in out
-    )
+    assert re.search(r"the fine-tuning job ftjob-0 failed: too few samples", message)
+    assert len(server.jobs) == 1
+    assert "queued" in out
     server.answer, server.create_job, server.usual = lambda request: None, create, usual
-    assert ask(*flags, "train")[0] is None and len(server.jobs) == 2 and len(server.files) == 1
+    assert ask(*flags, "train")[0] is None
+    assert len(server.jobs) == 2
+    assert len(server.files) == 1

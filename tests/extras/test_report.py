@@ -38,7 +38,8 @@ def small_toy(monkeypatch):
 def answers_file(saved, right, name="D_toy__T_ft_cot__E_001", model="m", many=1, **metadata):
     """A student's completion file on the small toy: right(question, k) says which of `many` answers are right; None: unreadable."""
     _, test = tasks.load_split("toy")
-    samples, data = tasks.toy_samples(33), {}
+    samples = tasks.toy_samples(33)
+    data = {}
     for place, i in enumerate(test):
         wrong = "no" if samples[i]["answer"] == "yes" else "yes"
         data[str(i)] = [
@@ -115,7 +116,8 @@ def test_votes_of_a_file_are_those_counted_by_hand(small_toy, tmp_path, capsys):
     v = look.score_with_votes(
         path, part="test", split="default", data_dir=tmp_path, rules="paper", allow_partial=False
     )["votes"]
-    assert (s["n"], s["questions"], s["correct"]) == (30, 10, 23) and (
+    assert (s["n"], s["questions"], s["correct"]) == (30, 10, 23)
+    assert (
         v["k"],
         v["questions"],
         v["maj"],
@@ -150,7 +152,8 @@ def test_mcnemar_counts_the_coin_tosses_that_are_as_uneven(first, second):
 
 
 def test_mcnemar_by_hand():
-    assert look.mcnemar(1, 5) == 2 * (1 + 6) / 64 and look.mcnemar(10, 0) == 2 / 1024
+    assert look.mcnemar(1, 5) == 2 * (1 + 6) / 64
+    assert look.mcnemar(10, 0) == 2 / 1024
 
 
 def test_diff_tests_questions_not_completions(small_toy, tmp_path, capsys):
@@ -167,7 +170,8 @@ def test_diff_tests_questions_not_completions(small_toy, tmp_path, capsys):
     assert (
         "10 questions: 90.00% and 60.00% right; exact McNemar test: 3 against 0, p = 0.25" in text
     )
-    assert text.count(f"right in {a}") == 1 and "and 9 more" in text
+    assert text.count(f"right in {a}") == 1
+    assert "and 9 more" in text
 
 
 # ---------------------------------------------------------------- the table
@@ -195,11 +199,8 @@ def test_the_published_files_score_as_the_paper_says_in_every_format(shared, cap
             for word in (r"^\W*text-davinci-002", r"^(\W|quad)*paper")
         )
         assert ours[2:] == paper[1:] == values, form
-    assert texts["markdown"][
-        1
-    ] == "|---|---|--:|--:|--:|--:|--:|" and r"text-davinci-002 & zs\_cot" in "\n".join(
-        texts["latex"]
-    )
+    assert texts["markdown"][1] == "|---|---|--:|--:|--:|--:|--:|"
+    assert r"text-davinci-002 & zs\_cot" in "\n".join(texts["latex"])
     assert {line.count("&") for line in texts["latex"] if line.endswith(r"\\")} == {6}
 
 
@@ -274,31 +275,25 @@ def test_seeds_have_a_row_with_mean_and_standard_deviation(small_toy, tmp_path):
             run={"seed": seed},
         )
     mean = cells(tmp_path)["ft_cot, last epoch, mean of 3 seeds"]
-    assert mean["accuracy"] == pytest.approx(70) and mean["spread"] == pytest.approx(
-        statistics.stdev([40, 70, 100])
-    )
+    assert mean["accuracy"] == pytest.approx(70)
+    assert mean["spread"] == pytest.approx(statistics.stdev([40, 70, 100]))
     lines = look.terminal(
         look.table_lines(look.collect(look.saved_files(tmp_path), tmp_path)[0], {})
     )
     at = next(i for i, line in enumerate(lines) if "mean of 3 seeds" in line)
-    assert lines[at].endswith("70.00") and re.match(
-        r"\s+standard deviation\s+30\.00$", lines[at + 1]
-    )
+    assert lines[at].endswith("70.00")
+    assert re.match(r"\s+standard deviation\s+30\.00$", lines[at + 1])
 
 
 def test_the_paper_s_diverse_value_stands_beside_its_own_degree_only():
-    results, cell = (
-        look.read_paper_results(),
-        {"model": "gpt2-large", "method": "ft_cot", "split": "default"},
-    )
+    results = look.read_paper_results()
+    cell = {"model": "gpt2-large", "method": "ft_cot", "split": "default"}
 
     def value(task, key, **change):
         return look.paper_value(results, {**cell, "task": task, "train_key": key, **change})
 
-    assert (
-        value("multiarith", "ft_cot_64aug") is not None
-        and value("coin_flip", "ft_cot_8aug") is not None
-    )
+    assert value("multiarith", "ft_cot_64aug") is not None
+    assert value("coin_flip", "ft_cot_8aug") is not None
     assert (
         value("multiarith", "ft_cot_8aug")
         is value("coin_flip", "ft_cot_64aug")
@@ -408,9 +403,8 @@ def test_every_figure_is_drawn(small_toy, tmp_path, capsys):
                 "curie",
             ]
         )
-        assert (tmp_path / f"{kind}.png").read_bytes().startswith(
-            b"\x89PNG"
-        ) and "plot: " in capsys.readouterr().out
+        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+        assert "plot: " in capsys.readouterr().out
     with pytest.raises(SystemExit, match="the name of a figure ends in .png, .pdf, .svg$"):
         evaluate.main(
             ["plot", "degree", "--saved", str(tmp_path), "--out", str(tmp_path / "f.docx")]
@@ -499,32 +493,27 @@ def test_unfiltered_rationales_keep_their_teacher_s_answer(capsys):
         ]
 
     assert chosen("right") == [(0, "7"), (3, "7")]
-    assert chosen("all") == [(0, "7"), (1, "8"), (3, "7"), (4, "9.5")] and chosen("wrong") == [
+    assert chosen("all") == [(0, "7"), (1, "8"), (3, "7"), (4, "9.5")]
+    assert chosen("wrong") == [
         (1, "8"),
         (4, "9.5"),
     ]
     assert (
         "2 of 5 rationales are right, 2 wrong, 1 have no readable answer" in capsys.readouterr().out
     )
-    assert (
-        len(chosen("random")) == 2
-        and chosen("random") == chosen("random")
-        and len({tuple(chosen("random", "--data_seed", s)) for s in range(9)}) > 1
-    )
+    assert len(chosen("random")) == 2
+    assert chosen("random") == chosen("random")
+    assert len({tuple(chosen("random", "--data_seed", s)) for s in range(9)}) > 1
 
 
 def test_filters_stand_in_names_and_settings_and_the_default_changes_neither():
-    assert (
-        flags_module.train_key(flags(), "ft_cot") == "ft_cot_2aug"
-        and flags_module.curation_options(flags()) == {}
-    )
+    assert flags_module.train_key(flags(), "ft_cot") == "ft_cot_2aug"
+    assert flags_module.curation_options(flags()) == {}
     args = flags(
         "--filter", "all", "--max_per_question", 3, "--drop_unfinished", "--lr", 0.01, "--seed", 4
     )
-    assert (
-        flags_module.train_key(args, "ft_cot") == "ft_cot_2aug_all_3each_finished_lr0.01_s4"
-        and flags_module.train_key(args, "ft") == "ft_lr0.01_s4"
-    )
+    assert flags_module.train_key(args, "ft_cot") == "ft_cot_2aug_all_3each_finished_lr0.01_s4"
+    assert flags_module.train_key(args, "ft") == "ft_lr0.01_s4"
     assert flags_module.finetune_key(args, "ft_cot") == "zs_cot_t70_toy_2aug_all_3each_finished"
     assert flags_module.curation_options(args) == {
         "filter": "all",
@@ -551,9 +540,7 @@ def test_curation_shows_samples_to_be_read(small_toy, tmp_path, capsys):
             ]
         )
     text = capsys.readouterr().out
-    assert (
-        text.count("  input: 'A coin is heads up.") == text.count("  label: ' ") == 3
-        and text.count('"completion": " ') == 3
-    )
+    assert text.count("  input: 'A coin is heads up.") == text.count("  label: ' ") == 3
+    assert text.count('"completion": " ') == 3
     with pytest.raises(SystemExit, match="--show goes with --stage curate"):
         finetune_cot.main(["--show", "3", "--saved", str(tmp_path)])

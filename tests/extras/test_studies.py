@@ -50,11 +50,10 @@ def test_flags_with_several_values_make_every_combination_once():
     assert {(c.task, c.degree, c.seed) for c in cells} == {
         (t, d, s) for t in ("coin_flip", "svamp") for d in (1, 8) for s in (0, 1)
     }
-    assert len(cells) == 8 and {c.sample_degree for c in cells} == {8}
-    assert (
-        len({flags_module.train_key(c, "ft_cot") for c in cells}) == 4
-        and flags_module.train_key(cells[0], "ft_cot") == "ft_cot_t70"
-    )
+    assert len(cells) == 8
+    assert {c.sample_degree for c in cells} == {8}
+    assert len({flags_module.train_key(c, "ft_cot") for c in cells}) == 4
+    assert flags_module.train_key(cells[0], "ft_cot") == "ft_cot_t70"
 
 
 def test_a_single_cell_is_the_run_of_old():
@@ -84,9 +83,8 @@ def test_what_does_not_depend_on_a_flag_is_run_once():
 
 def test_all_is_the_twelve_benchmarks_each_with_its_own_defaults():
     cells = grid("--task", "all", "--method", "ft")
-    assert [c.task for c in cells] == [key for key in tasks.TASKS if key != "toy"] and {
-        c.lr for c in cells
-    } == {3e-4}
+    assert [c.task for c in cells] == [key for key in tasks.TASKS if key != "toy"]
+    assert {c.lr for c in cells} == {3e-4}
     [dry] = finetune_cot.parse_args(["--task", "all", "--dry_run"])
     assert dry.task == "all"
 
@@ -112,7 +110,8 @@ def test_the_paper_s_degrees_are_64_for_two_tasks_and_8_elsewhere():
     assert {task for task, degree in diverse.items() if degree == 64} == {
         "multiarith",
         "svamp",
-    } and set(diverse.values()) == {64, 8}
+    }
+    assert set(diverse.values()) == {64, 8}
     printed = {
         task
         for (model, method, task) in look.read_paper_results()
@@ -152,9 +151,8 @@ def test_a_cell_that_cannot_run_stops_no_other_and_is_named(tiny_toy, tmp_path, 
             ]
         )
     out = capsys.readouterr().out
-    assert "==== 2 of 2: toy ft, split default" in out and re.search(
-        r"toy_student +ft, last epoch +\d+\.\d\d", out
-    )
+    assert "==== 2 of 2: toy ft, split default" in out
+    assert re.search(r"toy_student +ft, last epoch +\d+\.\d\d", out)
 
 
 def test_an_interruption_starts_nothing_else():
@@ -195,12 +193,10 @@ def test_a_grid_s_second_run_skips_everything_and_prints_the_same_table(tiny_toy
         finetune_cot.main(command)
         out = capsys.readouterr().out
         tables.append(out.partition("Accuracy on the test part")[2])
-    assert (
-        tables[0] == tables[1]
-        and "mean of 2 seeds" in tables[0]
-        and "train: ft" not in out
-        and not list(tmp_path.rglob("*.old1"))
-    )
+    assert tables[0] == tables[1]
+    assert "mean of 2 seeds" in tables[0]
+    assert "train: ft" not in out
+    assert not list(tmp_path.rglob("*.old1"))
     assert (
         out.count("made with the same settings: skipped") == 6 * 3 + 4
     )  # curate, train, evaluate; sample for ft_cot
@@ -227,7 +223,8 @@ def test_several_answers_a_question_are_sampled_kept_apart_and_voted_on(
     )
     assert sampled.stem == greedy.stem + "__K_04_t50"
     rows = evaluate.read_completions(sampled)[1]
-    assert len(rows) == 24 and len({row["completion"] for row in rows}) > len(
+    assert len(rows) == 24
+    assert len({row["completion"] for row in rows}) > len(
         {row["completion"] for row in evaluate.read_completions(greedy)[1]}
     )
 

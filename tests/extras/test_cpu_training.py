@@ -19,7 +19,8 @@ def test_dropout_keeps_the_share_it_is_asked_for_at_every_place_and_scales_it(p,
     y = kernels.drop(x, p)
     y.sum().backward()
     kept = y != 0
-    assert set(y.unique().tolist()) == {0.0, y.max().item()} and y.max().item() == pytest.approx(
+    assert set(y.unique().tolist()) == {0.0, y.max().item()}
+    assert y.max().item() == pytest.approx(
         1 / (1 - p), rel=1e-2 if dtype is torch.bfloat16 else 1e-4
     )
     assert torch.equal(x.grad, y)  # of a sum: what each number was multiplied by
@@ -42,7 +43,8 @@ def test_dropout_follows_torchs_seed_and_is_nothing_where_nothing_is_dropped():
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         masks.append(kernels.drop(x, 0.5))
-    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
     assert torch.equal(kernels.drop(x, 0.0), x)
     module = torch.nn.Dropout(0.5).eval()
     assert kernels.dropout_of(module, x) is x
@@ -69,7 +71,8 @@ def test_attention_with_dropout_is_that_without_where_dropout_is_too_small_to_dr
 def test_attention_in_one_call_as_on_a_gpu_changes_neither_loss_nor_gradients(
     monkeypatch, kind, flags
 ):
-    calls, once = [], kernels.attend_padded
+    calls = []
+    once = kernels.attend_padded
     monkeypatch.setattr(kernels, "in_one_call", lambda x: True)
     monkeypatch.setattr(
         kernels, "attend_padded", lambda *args, **more: calls.append(1) or once(*args, **more)
@@ -79,7 +82,8 @@ def test_attention_in_one_call_as_on_a_gpu_changes_neither_loss_nor_gradients(
     expected, expected_gradients = plain_loss_and_gradients(model, samples)
     assert not calls
     loss, gradients = step_loss_and_gradients(model, samples, **flags)
-    assert calls and loss == pytest.approx(expected, rel=1e-6)
+    assert calls
+    assert loss == pytest.approx(expected, rel=1e-6)
     scale = max(g.abs().max() for g in expected_gradients.values())
     for name, gradient in gradients.items():
         assert (gradient - expected_gradients[name]).abs().max() < 2e-6 * scale, name
@@ -118,7 +122,8 @@ def test_dropout_in_attention_leaves_its_mean_as_it_is():
 )
 def test_a_product_and_its_gradients_are_those_of_the_layer(layer):
     torch.manual_seed(0)
-    x, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 40)
+    x = torch.randn(2, 5, 24)
+    grad = torch.randn(2, 5, 40)
     results = []
     for forward in (layer.forward, lambda x: kernels.product_of(layer, x)):
         layer.zero_grad()
@@ -140,12 +145,10 @@ def test_after_training_the_student_is_hugging_faces_own_again(kind):
         pytest.raises(ZeroDivisionError),
         kernels.training_kernels(model, packing=True, products=True),
     ):
-        assert [
-            dict(vars(module)) for module in model.modules()
-        ] != before and model.config._attn_implementation == "per_sample"
+        assert [dict(vars(module)) for module in model.modules()] != before
+        assert model.config._attn_implementation == "per_sample"
         assert len(hooks_of()) == (kind != "llama")  # whose embedding is not the head's
         raise ZeroDivisionError
-    assert [
-        dict(vars(module)) for module in model.modules()
-    ] == before and model.config._attn_implementation == "sdpa"
+    assert [dict(vars(module)) for module in model.modules()] == before
+    assert model.config._attn_implementation == "sdpa"
     assert not hooks_of()
