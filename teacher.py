@@ -1,622 +1,232 @@
-"""Ask a teacher through the OpenAI API, or any server that speaks it (vLLM, llama.cpp, Ollama, transformers serve).
+"""Sample a teacher behind an API: OpenAI, or any server that speaks it (vLLM, llama.cpp, Ollama).
 
-Each completion is written to a journal beside the completion file before anything else happens to it, under a key that says
-what was asked; whatever ends a run, the next one asks only for keys that are not there.  The completion file is made from the
-journal when all is there.  The API key comes from OPENAI_API_KEY alone.  (saved/README.md: the files; README.md: how to use it.)
+    sample_remote -> ask_for_missing -> worker -> ask -> read_reply (-> the journal)
+    the journal -> make_completion -> publish (-> the completion file)
 
-    sample -> fill -> worker -> ask -> attempt (the one retry loop) -> record (the journal) -> publish (the completion file)
-
-extras/batch_api.py asks through the Batch API instead, over the same journal, and has OpenAI-style students fine-tuned.
+Every answer is written to a journal before anything else happens to it, under a key that says what
+was asked.  Whatever ends a run, the next one asks only for keys that are missing; the completion
+file is made from the journal (saved/README.md).  api.py has the requests themselves.
 """
 
 import asyncio
+import contextlib
 import functools
-import gc
 import hashlib
 import json
-import math
-import os
-import queue
-import random
-import signal
 import sys
-import threading
-import time
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import evaluate
 import storage
 import tasks
-from flags import base_url, has_api
+from api import (
+    ApiConfig,
+    ApiSession,
+    InvalidReplyError,
+    JournalRow,
+    RequestError,
+    Rows,
+    RunStopped,
+    call_with_retries,
+    open_journal,
+    read_usage,
+    sum_usage,
+)
+from completions import (
+    Completion,
+    SamplingConfig,
+    completions_match,
+    format_prompt,
+    read_completions,
+)
 from storage import UserError
 
 ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
-
-
-# s: random waits of up to 0.5, 1, 2, ... before the next attempt
-BACKOFF = 0.5
-LONGEST_BACKOFF = 30.0
-LONGEST_PAUSE = 900.0  # s that all workers wait while the server says 429, then the run stops
-MOST_429 = 50  # of one request, which may be too large for the limit
-FIRST_REFUSALS = (
-    5  # the same 400 to the first requests of a run: the mistake is ours, not in a question
-)
-
-
-# ---------------- The client
-
-
-def api_key():
-    return os.environ.get("OPENAI_API_KEY", "").strip()
-
-
-def make_client(args):
-    """-> AsyncOpenAI without retries of its own: ours are in one place."""
-    import openai
-
-    if not api_key().isascii() or not api_key().isprintable():
-        raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-    return openai.AsyncOpenAI(
-        api_key=api_key() or "none",
-        base_url=base_url(args),
-        max_retries=0,
-        timeout=args.attempt_timeout,
-    )
-
-
-# ---------------- What comes back
-
-
-class BadReply(Exception):
-    """A reply that is no answer: worth another attempt."""
-
-
-class Failed(Exception):
-    """A request that the server refused, or that is given up; the run goes on."""
-
-    refused = False
-
-
-class Stopped(Exception):
-    """The run ends: no new request."""
-
-
-def read_reply(reply, api, n):
-    """-> (at most n choices, in the order of their indices; usage, or None where the server does not say; model).
-
-    Raises BadReply for anything that holds no choices, whatever its status was."""
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list) or not choices:
-        raise BadReply(f"a reply without choices: {json.dumps(reply)[:200]}")
-    found = {}
-    for place, choice in enumerate(choices):
-        said = (
-            choice.get("message" if api == "chat" else "text", 0) if isinstance(choice, dict) else 0
-        )
-        said = said if api == "chat" else {"content": said}
-        if not isinstance(said, dict) or not isinstance(said.get("content"), str | None):
-            raise BadReply(f"a choice without a message: {json.dumps(choice)[:200]}")
-        reason = choice.get("finish_reason")
-        index = choice.get("index")
-        text = said.get("content")
-        one = {
-            "completion": text and storage.replace_lone_surrogates(text),
-            "finish_reason": reason if isinstance(reason, str) else None,
-        }
-        one |= {"refusal": str(said["refusal"])} if said.get("refusal") else {}
-        found.setdefault(index if type(index) is int else place, one)
-    usage = reply.get("usage")
-    model = reply.get("model")
-    counts = [
-        usage.get(k) if isinstance(usage, dict) else None
-        for k in ("prompt_tokens", "completion_tokens")
-    ]
-    known = all(type(count) is int and count >= 0 for count in counts)
-    return (
-        [found[i] for i in sorted(found)][:n],
-        dict(zip(("prompt_tokens", "completion_tokens"), counts)) if known else None,
-        model if isinstance(model, str) else None,
-    )
-
-
-def retry_after(headers):
-    """-> seconds the server asks to wait (retry-after-ms, seconds, or an HTTP date), or None."""
-    text = headers.get("retry-after", "")
-    try:
-        seconds = (
-            float(headers["retry-after-ms"]) / 1000 if "retry-after-ms" in headers else float(text)
-        )
-    except ValueError:
-        try:
-            seconds = max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-        except (TypeError, ValueError):
-            return None
-    return seconds if 0 <= seconds < math.inf else None
-
-
-def words(error):
-    """What a server or the network said, in one line, without the key, should it be repeated there."""
-    text = " ".join(f"{error}".split()) or type(error).__name__
-    return (text.replace(api_key(), "[key]") if api_key() else text)[:300]
-
-
-# ---------------- Money
-
-
-def most_tokens(body):
-    """-> (prompt, completion) tokens that a request can cost at most: no token is shorter than a byte; 16 more a turn."""
-    texts = (
-        [turn["content"] for turn in body["messages"]] if "messages" in body else [body["prompt"]]
-    )
-    limit = body.get("max_completion_tokens") or body["max_tokens"]
-    return sum(len(text.encode()) + 16 for text in texts), limit * body.get("n", 1)
-
-
-def dollars(args, prompt, completion):
-    return (prompt * (args.price_in or 0) + completion * (args.price_out or 0)) / 1e6
-
-
-def totals(rows):
-    """-> {"prompt_tokens", "completion_tokens", "usage_unknown", "requests", "attempts", "unanswered"} over journal rows."""
-    first = [row for row in rows if "usage" in row]
-    known = [row["usage"] for row in first if row["usage"]]
-    return {
-        "prompt_tokens": sum(u["prompt_tokens"] for u in known),
-        "completion_tokens": sum(u["completion_tokens"] for u in known),
-        "usage_unknown": len(first) - len(known),
-        "requests": len(first),
-        "attempts": sum(row["attempts"] for row in first),
-        "unanswered": sum(row["unanswered"] for row in first),
-    }
-
-
-ROW_TYPES = {
-    "completion": str | None,
-    "finish_reason": str | None,
-    "model": str | None,
-    "refusal": str | None,
-    "usage": dict | None,
-    "attempts": int | None,
-    "unanswered": int | None,
-    "possible_cost": float | int | None,
-}
-
-
-def check_journal(journal):
-    """Raise UserError for a row that this program did not write: nothing may be bought, or scored, because of it."""
-    for key, row in journal.rows.items():
-        usage = row.get("usage")
-        is_answer = "error" not in row
-        if (
-            not all(isinstance(row.get(k), kind) for k, kind in ROW_TYPES.items())
-            or is_answer
-            and not {"completion", "model"} <= row.keys()
-            or usage is not None
-            and not all(type(usage.get(k)) is int for k in ("prompt_tokens", "completion_tokens"))
-            or "usage" in row
-            and not {"attempts", "unanswered"} <= row.keys()
-            or is_answer
-            and "finish_reason" not in row
-        ):
-            raise UserError(
-                f"{journal.path}: the row with the key {key[:40]!r} is not one of this program: mend or delete that line"
-            )
-
-
-# ---------------- One run
-
-
-class Run:
-    """What the workers share: journal, pace, budget, counts, and why the run ends.  Use it inside `async with`."""
-
-    def __init__(self, args, plan, path):
-        self.args = args
-        self.plan = plan
-        self.client = make_client(args)
-        self.journal = storage.Journal(path.with_suffix(".journal.jsonl"))
-        self.failures = storage.Journal(path.with_suffix(".failures.jsonl"))
-        for journal in (self.journal, self.failures):
-            check_journal(journal)
-        self.failed_keys = set()
-        self.unwritten = queue.Queue()
-        self.started = time.monotonic()
-        self.requests = 0
-        self.refusals = []
-        # why it ends
-        self.reason = None
-        self.stopped = asyncio.Event()
-        self.not_before = self.next_turn = 0.0  # pace
-        self.paused_since = None
-        self.pauses = 0
-        self.turns = asyncio.Lock()
-        # budget, dollars
-        self.reserved = 0.0
-        self.released = asyncio.Condition()
-        self.tokens = totals(self.journal.rows.values())
-        self.spent = dollars(args, self.tokens["prompt_tokens"], self.tokens["completion_tokens"])
-        # Attempts without a reply, and replies without usage, may have been billed: their most counts as spent.
-        self.spent += sum(
-            row.get("possible_cost", 0)
-            for journal in (self.journal, self.failures)
-            for row in journal.rows.values()
-        )
-
-    async def __aenter__(self):
-        for s in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(s, self.interrupt)
-        self.writer = threading.Thread(
-            target=write_journal, args=(self, asyncio.get_running_loop())
-        )
-        self.writer.start()
-        return self
-
-    async def __aexit__(self, *error):
-        for s in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().remove_signal_handler(s)
-        self.unwritten.put(None)
-        await asyncio.to_thread(self.writer.join)
-        await self.client.close()
-        for journal in (self.failures, self.journal):  # the journal's lock goes last
-            if not journal.rows:
-                journal.path.unlink()
-            journal.close()
-
-    def stop(self, reason):
-        """End the run: requests under way are waited for and recorded, no new one goes out.  The first reason counts."""
-        self.reason = self.reason or reason
-        self.stopped.set()
-
-    def interrupt(self):
-        if isinstance(self.reason, KeyboardInterrupt):
-            raise KeyboardInterrupt  # the second time: leave at once
-        self.stop(KeyboardInterrupt())
-        print(
-            "stopping: requests under way are waited for; press Ctrl-C again to leave them",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    async def nap(self, seconds):
-        """Sleep; raises Stopped when the run ends meanwhile."""
-        try:
-            async with asyncio.timeout(max(0.0, seconds)):
-                await self.stopped.wait()
-        except TimeoutError:
-            return
-        raise Stopped
-
-    async def turn(self, tokens):
-        """Wait for this request's turn: after a pause that any 429 sets for all, and within the limits a minute."""
-        async with self.turns:
-            while (wait := max(self.not_before, self.next_turn) - time.monotonic()) > 0:
-                await self.nap(wait)
-            if self.reason:
-                raise Stopped
-            a_request = 60 / self.args.requests_per_minute if self.args.requests_per_minute else 0
-            a_token = 60 / self.args.tokens_per_minute if self.args.tokens_per_minute else 0
-            self.next_turn = time.monotonic() + max(a_request, tokens * a_token)
-
-    def pause(self, asked, why):
-        """All workers wait: as long as the server asks, or longer from pause to pause.  Ends the run where that is too long."""
-        now = time.monotonic()
-        if now >= self.not_before:  # one pause, however many requests were turned away
-            self.pauses = self.pauses + 1
-            self.paused_since = self.paused_since or now
-        if (asked or 0) > LONGEST_PAUSE or now - (self.paused_since or now) > LONGEST_PAUSE:
-            return self.stop(
-                f"the server asks to wait{f' {asked:.0f} s' if asked else ''} ({why}): start the same command again then"
-            )
-        wait = asked or min(LONGEST_BACKOFF, BACKOFF * 2 ** min(self.pauses, 10)) * random.uniform(
-            0.5, 1
-        )
-        self.not_before = max(self.not_before, now + wait)
-
-    async def reserve(self, cost):
-        """Set aside what a request may cost at most; ends the run where --max_cost has no room for it."""
-        async with self.released:
-            while (
-                self.args.max_cost is not None
-                and self.spent + self.reserved + cost > self.args.max_cost
-                and not self.reason
-            ):
-                if self.reserved < 1e-10:  # nothing under way whose bill could turn out lower
-                    self.stop(
-                        f"--max_cost {self.args.max_cost}: ${self.spent:.4f} are spent, or may have been, and the next request may "
-                        f"cost ${cost:.4f}"
-                    )
-                else:
-                    await self.released.wait()
-            if self.reason:
-                raise Stopped
-            self.reserved += cost
-
-    async def release(self, cost):
-        async with self.released:
-            self.reserved -= cost
-            self.released.notify_all()
-
-
-def on_status(run, error):
-    """Decide on an HTTP error: end the run, give the request up (Failed), or return: it is worth another attempt."""
-    said = f"the server answered {error.status_code}: {words(error)}"
-    if error.status_code in (401, 403, 404) or "insufficient_quota" in (error.code, error.type):
-        run.stop(said)
-    elif error.code in ("unsupported_value", "unsupported_parameter"):
-        remedy = (
-            "use --no_temperature"
-            if error.param == "temperature"
-            else "see --help for the flag that sends it"
-        )
-        run.stop(f"the model refuses the parameter {error.param!r}: {remedy} ({said})")
-    elif error.status_code not in (408, 409, 429) and error.status_code < 500:
-        run.refusals.append(said)
-        if not run.requests and len(run.refusals) >= FIRST_REFUSALS and len(set(run.refusals)) == 1:
-            run.stop(f"the first {FIRST_REFUSALS} requests were all refused: {said}")
-        failure = Failed(said)
-        failure.refused = True
-        raise failure
-    elif error.status_code == 429 or retry_after(error.response.headers) is not None:
-        run.pause(retry_after(error.response.headers), said)
-
-
-async def attempt(run, send, tokens=0, cost=0.0, timeout=None):
-    """The one retry loop: -> (what `await send()` gives, attempts, those of them without a reply).
-
-    Raises Failed where the request is refused or given up, Stopped where the run ends."""
-    import openai
-
-    tried = turned_away = unanswered = 0
-    while True:
-        await run.turn(tokens)
-        await run.reserve(cost)
-        try:
-            async with asyncio.timeout(timeout or run.args.attempt_timeout):
-                reply = await send()
-            run.pauses = 0
-            run.paused_since = None
-            return reply, tried + 1, unanswered
-        except openai.APIStatusError as e:
-            failure = words(e)
-            on_status(run, e)
-            turned_away += e.status_code == 429
-            tried += e.status_code != 429
-        except (openai.APIConnectionError, TimeoutError) as e:
-            failure = "no reply in time" if isinstance(e, TimeoutError) else words(e.__cause__ or e)
-            tried = tried + 1
-            unanswered = unanswered + 1
-            if cost:  # it may have been billed: written down at once, for later runs
-                run.spent += cost
-                run.failures.append(
-                    [
-                        {
-                            "key": f"unanswered {len(run.failures.rows)}",
-                            "error": failure,
-                            "possible_cost": cost,
-                        }
-                    ]
-                )
-        except BadReply as e:
-            failure = words(e)
-            tried = tried + 1
-        finally:
-            await run.release(cost)
-        if run.reason:
-            raise Stopped
-        if tried >= run.args.max_attempts or turned_away >= MOST_429:
-            raise Failed(f"given up after {tried + turned_away} attempts: {failure}")
-        await run.nap(random.uniform(0, min(LONGEST_BACKOFF, BACKOFF * 2**tried)) if tried else 0)
-
-
-# ---------------- What is kept
-
-
-def fail(run, key, sample_index, step, ks, error):
-    """Add a failure to the failures file: what was asked, and why there is no answer."""
-    run.failures.append(
-        [
-            {
-                "key": f"{key} {len(run.failures.rows)}",
-                "sample_index": sample_index,
-                "completion_index": ks,
-                "step": step,
-                "error": str(error),
-            }
-        ]
-    )
-
-
-async def record(run, rows):
-    """Hand finished rows to the writer.  The worker goes on while they are written, unless more wait than there are workers:
-    that bounds what a kill can lose, and what is spent after the disk is full."""
-    run.unwritten.put(run.journal.add(rows))
-    while run.unwritten.qsize() > run.args.concurrency:
-        await run.nap(0.01)
-
-
-def write_journal(run, loop):
-    """The one writer, a thread: rows that finish while others are being written share the next write and fsync."""
-    while (rows := run.unwritten.get()) is not None:
-        while not run.unwritten.empty() and run.unwritten.queue[0] is not None:
-            rows += run.unwritten.get()
-        try:
-            run.journal.write(rows)
-        except OSError as e:
-            loop.call_soon_threadsafe(
-                run.stop,
-                f"{run.journal.path} cannot be written ({e.strerror}), so nothing more is asked: make "
-                "room and start the same command again",
-            )
-
+Samples = list[tasks.Sample]
+Unit = tuple[tasks.Sample, range]  # completion indices of a sample that one request may ask for
 
 # ---------------- What is asked, and under which key
 
 
-class Plan(NamedTuple):
-    """What is asked of whom."""
-
-    model: str
-    api: str  # a key of ENDPOINTS
-    template: str  # of tasks.TEMPLATES; zs_cot takes two steps
-    family: str
-    max_new_tokens: int
-    temperature: float | None = 0.0  # None: not sent
-    degree: int = 1  # completions a question
-    choices: int = 1  # of them a request
-    legacy_max_tokens: bool = False
-    examples: str = ""  # of fs_cot
-
-
 class Request(NamedTuple):
+    """A request for completions of a sample (step 1), or for the answer of one (step 2)."""
+
     sample_index: int
-    step: int  # 1, or 2: the answer after the rationale
-    keys: dict  # {completion_index: key} of what it asks for
-    body: dict
+    step: int
+    keys: dict[int, str]  # {completion_index: key} of what it asks for
+    body: dict[str, Any]
 
     @property
-    def key(self):
+    def key(self) -> str:
         return next(iter(self.keys.values()))
 
 
-def stop_strings(plan):
-    """Where a completion ends: few-shot examples teach a base model to go on with a next question; the paper's labels end in END."""
-    return (
-        ["\nQ:"]
-        if plan.template == "fs_cot"
-        else [" END"]
-        if plan.family == "openai" and plan.template.startswith("ft")
-        else []
-    )
+def stop_strings(plan: SamplingConfig) -> list[str]:
+    """Return where a completion ends: before the next question, or at the END of the paper."""
+    if plan.template == "fs_cot":
+        return ["\nQ:"]  # few-shot examples teach a base model to continue with a question
+    if plan.family == "openai" and plan.template.startswith("ft"):
+        return [" END"]
+    return []
 
 
 @functools.lru_cache
-def parameters(plan, step):
-    """-> (what every request of a step sends besides its text, the same as JSON)."""
-    temperature = (
-        plan.temperature if step == 1 or plan.temperature is None else 0.0
-    )  # the answer is read off greedily
-    limit = (
-        "max_completion_tokens"
-        if plan.api == "chat" and not plan.legacy_max_tokens
-        else "max_tokens"
-    )
-    fixed = {"model": plan.model, limit: plan.max_new_tokens} | (
-        {"temperature": temperature} if temperature is not None else {}
-    )
-    fixed |= (
-        {"stop": stop_strings(plan)}
-        if plan.api == "completions" and stop_strings(plan) and step == 1
-        else {}
-    )
-    return fixed, json.dumps([plan.api, fixed], sort_keys=True)
+def request_parameters(plan: SamplingConfig, step: int) -> tuple[dict[str, Any], str]:
+    """Return what every request of a step sends besides its text, and the same as JSON."""
+    limit = "max_tokens"
+    if plan.api == "chat" and not plan.legacy_max_tokens:
+        limit = "max_completion_tokens"
+    parameters: dict[str, Any] = {"model": plan.model, limit: plan.max_new_tokens}
+    if plan.temperature is not None:
+        parameters["temperature"] = plan.temperature
+        if step == 2:
+            parameters["temperature"] = 0.0  # the answer is read off greedily
+    if plan.api == "completions" and step == 1 and stop_strings(plan):
+        parameters["stop"] = stop_strings(plan)
+    return parameters, json.dumps([plan.api, parameters], sort_keys=True)
 
 
-def conversation(plan, prompt, reasoning):
-    """-> the texts of Zero-shot-CoT's second step (paper §3, step 1), which goes on after the reasoning; chat models take it in turns."""
-    return (
-        [prompt, reasoning, tasks.COT_ANSWER.strip()]
-        if plan.api == "chat"
-        else [prompt + reasoning + tasks.COT_ANSWER]
-    )
-
-
-def request_body(plan, step, texts):
-    """-> the body of a request for one choice."""
+def request_body(plan: SamplingConfig, step: int, texts: list[str]) -> dict[str, Any]:
+    """Return the body of a request for one choice."""
+    body = dict(request_parameters(plan, step)[0])
     if plan.api == "completions":
-        return {**parameters(plan, step)[0], "prompt": texts[0]}
-    messages = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), texts)
-    ]
-    return {**parameters(plan, step)[0], "messages": messages}
+        body["prompt"] = texts[0]
+    else:
+        turns = zip(("user", "assistant", "user"), texts, strict=False)
+        body["messages"] = [{"role": role, "content": text} for role, text in turns]
+    return body
 
 
-def prompt_of(plan, sample):
-    return tasks.format_sample(
-        plan.template, plan.family, sample["question"], examples=plan.examples
-    )[0]
+def completion_key(
+    plan: SamplingConfig, step: int, texts: list[str], sample_index: int, k: int
+) -> str:
+    """Return 20 hex digits of all that is asked, for which sample, completion and step."""
+    _, parameters = request_parameters(plan, step)
+    asked = "\0".join([parameters, *texts, f"{sample_index} {k} {step}"])
+    return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:20]
 
 
-def key_of(plan, step, texts, sample_index, k):
-    """-> what names a completion: 20 hex digits of all that is asked, for which sample, its number and its step."""
-    asked = "\0".join([parameters(plan, step)[1], *texts, f"{sample_index} {k} {step}"])
-    return hashlib.sha256(asked.encode()).hexdigest()[:20]
+def answer_texts(plan: SamplingConfig, prompt: str, rationale: str) -> list[str]:
+    """Return the texts of Zero-shot-CoT's second step (paper §3): turns, or one prompt."""
+    if plan.api == "chat":
+        return [prompt, rationale, tasks.ANSWER_TRIGGER.strip()]
+    return [prompt + rationale + tasks.ANSWER_TRIGGER]
 
 
-def goes_on(row):
-    """Whether step 2 makes sense: a rationale that was cut, filtered or refused has no answer to read off."""
+def needs_answer_step(row: JournalRow) -> bool:
+    """Whether a rationale has an answer to read off: not if it was cut, filtered or refused."""
     return row["finish_reason"] == "stop" and bool((row["completion"] or "").strip())
 
 
-def steps_of(plan, rows, sample, k):
-    """-> [(key, texts)] of completion k of a sample: step 1 and, once the journal's rows {key: row} hold its rationale, step 2."""
+def list_steps(
+    plan: SamplingConfig, rows: Rows, sample: tasks.Sample, k: int
+) -> list[tuple[str, list[str]]]:
+    """Return (key, texts) of the steps of completion k: of step 2 once rows hold its rationale."""
     index = sample["sample_index"]
-    texts = [prompt_of(plan, sample)]
-    steps = [(key_of(plan, 1, texts, index, k), texts)]
+    texts = [format_prompt(plan, sample)]
+    steps = [(completion_key(plan, 1, texts, index, k), texts)]
     first = rows.get(steps[0][0])
-    if plan.template == "zs_cot" and first and goes_on(first):
-        texts = conversation(plan, texts[0], first["completion"])
-        steps.append((key_of(plan, 2, texts, index, k), texts))
+    if plan.template == "zs_cot" and first and needs_answer_step(first):
+        texts = answer_texts(plan, texts[0], first["completion"])
+        steps.append((completion_key(plan, 2, texts, index, k), texts))
     return steps
 
 
-def next_requests(plan, rows, sample, ks):
-    """-> the requests that completions ks of a sample need next; [] when all is there."""
+def next_requests(
+    plan: SamplingConfig, rows: Rows, sample: tasks.Sample, ks: Iterable[int]
+) -> list[Request]:
+    """Return the requests that completions ks of a sample need next; [] when all are in rows."""
     index = sample["sample_index"]
-    steps = {k: steps_of(plan, rows, sample, k) for k in ks}
-    missing = {k: first[0] for k, [first, *_] in steps.items() if first[0] not in rows}
-    if missing:
-        body = request_body(plan, 1, [prompt_of(plan, sample)]) | (
-            {"n": len(missing)} if len(missing) > 1 else {}
-        )
-        return [Request(index, 1, missing, body)]
-    return [
-        Request(index, 2, {k: key}, request_body(plan, 2, texts))
-        for k, [_, *second] in steps.items()
-        for key, texts in second
-        if key not in rows
-    ]
+    first_keys = {}
+    second_steps = []
+    for k in ks:
+        steps = list_steps(plan, rows, sample, k)
+        key, texts = steps[-1]
+        if key in rows:
+            continue
+        if len(steps) == 1:
+            first_keys[k] = key
+        else:
+            second_steps.append(Request(index, 2, {k: key}, request_body(plan, 2, texts)))
+    if not first_keys:
+        return second_steps
+    body = request_body(plan, 1, [format_prompt(plan, sample)])
+    if len(first_keys) > 1:
+        body["n"] = len(first_keys)
+    return [Request(index, 1, first_keys, body)]
 
 
-def all_units(plan, samples):
-    """The queue: (sample, completion indices that one request may ask for)."""
+def list_units(plan: SamplingConfig, samples: Samples) -> Iterator[Unit]:
     for sample in samples:
         for k in range(0, plan.degree, plan.choices):
             yield sample, range(k, min(k + plan.choices, plan.degree))
 
 
-# ---------------- Workers
+def token_upper_bound(body: dict[str, Any]) -> tuple[int, int]:
+    """Return the most (prompt, completion) tokens of a request: one a byte, and 16 more a turn."""
+    texts = [turn["content"] for turn in body.get("messages", [])] or [body["prompt"]]
+    limit = body.get("max_completion_tokens") or body["max_tokens"]
+    return sum(len(text.encode()) + 16 for text in texts), limit * body.get("n", 1)
 
 
-def make_rows(request_keys, sample_index, step, choices, usage, model, attempts, unanswered):
-    """-> the journal's rows: one a choice; what the request as a whole cost stands in the first."""
-    rows = [
-        {
-            "key": key,
-            "sample_index": sample_index,
-            "completion_index": k,
-            "step": step,
-            **choice,
-            "model": model,
-        }
-        for (k, key), choice in zip(request_keys.items(), choices)
-    ]
-    rows[0] |= {"usage": usage, "attempts": attempts, "unanswered": unanswered}
+# ---------------- What comes back
+
+
+def read_reply(reply: Any, api: str, request: Request) -> list[JournalRow]:
+    """Return a row a choice, no more than were asked for, and in the first one the usage.
+
+    Raises InvalidReplyError for a reply, or a choice, without a message.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        for place, choice in enumerate(reply["choices"]):
+            index = choice.get("index")
+            if type(index) is not int:
+                index = place
+            found.setdefault(index, read_choice(choice, api))
+    except (AttributeError, LookupError, TypeError):
+        found = {}
+    if not found:
+        raise InvalidReplyError(f"a reply without choices: {json.dumps(reply)[:200]}")
+    rows = []
+    for (k, key), place in zip(request.keys.items(), sorted(found), strict=False):
+        row = {"key": key, "sample_index": request.sample_index, "completion_index": k}
+        row |= {"step": request.step, **found[place], "model": text_or_none(reply.get("model"))}
+        rows.append(row)
+    rows[0]["usage"] = read_usage(reply.get("usage"))
     return rows
 
 
-async def ask(run, request):
-    """Ask for one request's completions and write them to the journal; a failure goes to the failures file."""
+def read_choice(choice: dict[str, Any], api: str) -> dict[str, str | None]:
+    """Return the text of a choice and why it ended; another shape raises what it happens to."""
+    message = {"content": choice["text"]} if api == "completions" else choice["message"]
+    text = message.get("content")
+    if text is not None:
+        text = storage.replace_lone_surrogates(text)
+    columns = {"completion": text, "finish_reason": text_or_none(choice.get("finish_reason"))}
+    if message.get("refusal"):
+        columns["refusal"] = str(message["refusal"])
+    return columns
+
+
+def text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+# ---------------- Workers
+
+
+async def ask(session: ApiSession, plan: SamplingConfig, request: Request) -> None:
+    """Ask for a request's completions: answers to the journal, a failure to the failures file."""
     import httpx2
 
-    prompt, completion = most_tokens(request.body)
-    cost = dollars(run.args, prompt, completion)
-    n = len(request.keys)
+    prompt_tokens, completion_tokens = token_upper_bound(request.body)
+    cost = session.api.dollars(prompt_tokens, completion_tokens)
 
-    async def send():
-        """One attempt; -> (choices, usage, model).  Raises BadReply where the server sent no answer."""
-        response = await run.client.post(
-            ENDPOINTS[run.plan.api],
+    async def send() -> list[JournalRow]:
+        response = await session.client.post(
+            ENDPOINTS[plan.api],
             body=request.body,
             cast_to=httpx2.Response,
             options={"headers": {"X-Client-Request-Id": request.key}},
@@ -624,416 +234,261 @@ async def ask(run, request):
         try:
             reply = json.loads(response.content)
         except (ValueError, RecursionError):
-            raise BadReply(f"a reply that is not JSON: {response.text[:200]!r}") from None
-        return read_reply(reply, run.plan.api, n)
+            raise InvalidReplyError(f"a reply that is not JSON: {response.text[:200]!r}") from None
+        return read_reply(reply, plan.api, request)
 
+    tokens = prompt_tokens / 4 + completion_tokens
     try:
-        (choices, usage, model), attempts, unanswered = await attempt(
-            run, send, prompt / 4 + completion, cost
-        )
-    except Failed as e:
-        run.failed_keys.add(request.key)
-        return fail(run, request.key, request.sample_index, request.step, list(request.keys), e)
-    rows = make_rows(
-        request.keys,
-        request.sample_index,
-        request.step,
-        choices,
-        usage,
-        model,
-        attempts,
-        unanswered,
-    )
-    paid = dollars(run.args, usage["prompt_tokens"], usage["completion_tokens"]) if usage else cost
-    if cost and not usage:
+        rows, attempts, unanswered = await call_with_retries(session, send, tokens, cost)
+    except RequestError as e:
+        session.failed_keys.add(request.key)
+        add_failure(session, request, e)
+        return
+    rows[0] |= {"attempts": attempts, "unanswered": unanswered}
+    session.requests += 1
+    if rows[0]["usage"]:
+        session.spent += session.api.dollars(**rows[0]["usage"])
+    elif cost:
+        session.spent += cost
         rows[0]["possible_cost"] = cost
-    run.requests = run.requests + 1
-    run.spent = run.spent + paid
-    for k, count in (usage or {"usage_unknown": 1}).items():
-        run.tokens[k] += count
-    await record(run, rows)
+    await session.record(rows)
 
 
-async def worker(run, units):
-    """Take the next unit from the queue that all workers share, and ask until nothing of it is missing but what failed."""
-    try:
+def add_failure(session: ApiSession, request: Request, error: Exception) -> None:
+    """Write down what was asked, and why there is no answer."""
+    session.add_failure(
+        request.key,
+        sample_index=request.sample_index,
+        completion_index=list(request.keys),
+        step=request.step,
+        error=str(error),
+    )
+
+
+async def worker(session: ApiSession, plan: SamplingConfig, units: Iterator[Unit]) -> None:
+    """Take units from the iterator that all workers share; ask until only failures are missing."""
+    with contextlib.suppress(RunStopped):
         for sample, ks in units:
-            while requests := [
-                r
-                for r in next_requests(run.plan, run.journal.rows, sample, ks)
-                if r.key not in run.failed_keys
-            ]:
+            requests = next_requests(plan, session.journal.rows, sample, ks)
+            while requests:
                 for request in requests:
-                    await ask(run, request)
-    except Stopped:
-        pass
+                    await ask(session, plan, request)
+                requests = next_requests(plan, session.journal.rows, sample, ks)
+                requests = [r for r in requests if r.key not in session.failed_keys]
 
 
-async def collect(args, plan, path, samples):
-    """Ask, with many workers at once, for everything that the journal lacks; -> the finished Run."""
-    gc.disable()  # 100,000 rows are read a third faster
+async def ask_for_missing(session: ApiSession, plan: SamplingConfig, samples: Samples) -> None:
+    """Ask, with many workers at once, for everything that the journal lacks."""
+    rows = session.journal.rows
+    todo = [unit for unit in list_units(plan, samples) if next_requests(plan, rows, *unit)]
+    total = len(samples) * plan.degree
+    found = total - sum(len(ks) for _, ks in todo)
+    text = f"sample: {found} of {total} completions are in {session.journal.path}"
+    if todo:
+        text += f"; asking {plan.model} for the rest"
+    print(text, flush=True)
+    units = iter(todo)
+    count = min(session.api.concurrency, len(todo))
+    reporter = asyncio.create_task(report_progress(session))
     try:
-        run = Run(args, plan, path)
-        todo = [
-            unit
-            for unit in all_units(plan, samples)
-            if next_requests(plan, run.journal.rows, *unit)
-        ]
+        await session.run(asyncio.gather(*(worker(session, plan, units) for _ in range(count))))
     finally:
-        gc.freeze()
-        gc.enable()
-    async with run:
-        units = iter(todo)
-        total = len(samples) * plan.degree
-        steps = 2 if plan.template == "zs_cot" else 1
-        there = total - sum(len(ks) for _, ks in todo)
-        asking = f"; asking {plan.model} for the rest" if todo else ""
-        print(
-            f"sample: {there} of {total} completions are in {run.journal.path}{asking}", flush=True
-        )
-        reporter = asyncio.create_task(
-            report(
-                run,
-                lambda: f"{there + run.requests * plan.choices // steps} of {total} completions",
-            )
-        )
-        try:
-            await asyncio.gather(
-                *(worker(run, units) for _ in range(min(args.concurrency, len(todo))))
-            )
-        finally:
-            reporter.cancel()
-    return run
+        reporter.cancel()
 
 
-async def report(run, done):
-    """A running line: every 10 seconds, or every second where someone looks on."""
-    looked_at = sys.stderr.isatty()
+async def report_progress(session: ApiSession) -> None:
     while True:
-        await asyncio.sleep(1 if looked_at else 10)
-        print(
-            f"\r{done()}; {progress(run)}\033[K" if looked_at else f"{done()}; {progress(run)}",
-            end="" if looked_at else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        await asyncio.sleep(10)
+        print(describe_progress(session), file=sys.stderr, flush=True)
 
 
-def progress(run):
-    """failed, requests and their rate, tokens, dollars"""
-    minutes = (time.monotonic() - run.started) / 60
-    t = run.tokens
-    cost = f", ${run.spent:.4f}" if run.args.price_in is not None else ""
-    unknown = (
-        f" and those of {t['usage_unknown']} requests that the server did not count"
-        if t["usage_unknown"]
-        else ""
-    )
-    return (
-        f"{len(run.failed_keys)} failed; {run.requests} requests, {run.requests / minutes:.0f} a minute; in all "
-        f"{t['prompt_tokens']} prompt and {t['completion_tokens']} completion tokens{unknown}{cost}"
-    )
+def describe_progress(session: ApiSession) -> str:
+    """Return what this run did, and the tokens and dollars of all runs."""
+    usage = sum_usage(session.journal.rows.values())
+    text = f"sample: {len(session.failed_keys)} failed; {session.requests} requests; in all "
+    text += f"{usage['prompt_tokens']} prompt and {usage['completion_tokens']} completion tokens"
+    if usage["usage_unknown"]:
+        text += f" and those of {usage['usage_unknown']} requests that the server did not count"
+    if session.api.price_in is not None:
+        text += f", ${session.spent:.4f}"
+    return text
 
 
 # ---------------- From the journal to the completion file
 
 
-def make_completion(plan, sample, k, first, second=None):
-    """-> one row of the completion file from the journal's rows of its steps (second: None where there is none)."""
-    text = first["completion"] or ""
-    last = second or first
-    ends = [
-        text.find(stop) for stop in stop_strings(plan) if stop in text
-    ]  # some servers leave the stop string in
-    row = {
-        "sample_index": sample["sample_index"],
-        "completion_index": k,
-        "question": sample["question"],
-        "answer": sample["answer"],
-        "prompt": prompt_of(plan, sample),
-        "completion": text[: min(ends)] if ends else text,
-        "finish_reason": "stop" if ends else first["finish_reason"],
-    }
-    if plan.template == "zs_cot":
-        row |= {
-            "reasoning_" + name: row[name] for name in ("prompt", "completion", "finish_reason")
-        }
-        row |= {
-            "prompt": tasks.COT_ANSWER.strip()
-            if plan.api == "chat"
-            else row["prompt"] + text + tasks.COT_ANSWER,
-            "completion": second and second["completion"] or "",
-            "finish_reason": second and second["finish_reason"],
-        }
-    return (
-        row
-        | {"api": plan.api, "model": last["model"]}
-        | ({"refusal": last["refusal"]} if "refusal" in last else {})
-    )
+class Dataset(NamedTuple):
+    """The completions whose steps are all in a journal."""
+
+    data: dict[str, list[Completion]]  # by sample_index
+    rows: list[JournalRow]  # that they were made from
+    missing: int  # completions
 
 
-def dataset(plan, samples, rows):
-    """-> ({"<sample_index>": [row, ...]} of every completion whose steps are all in rows, the journal's rows behind it, missing)."""
-    data = {}
+def make_dataset(plan: SamplingConfig, samples: Samples, rows: Rows) -> Dataset:
+    data: dict[str, list[Completion]] = {}
     used = []
     missing = 0
     for sample in samples:
         for k in range(plan.degree):
-            found = [rows.get(key) for key, _ in steps_of(plan, rows, sample, k)]
-            if None in found:
+            steps = [rows.get(key) for key, _ in list_steps(plan, rows, sample, k)]
+            if None in steps:
                 missing += 1
                 continue
-            used += found
-            data.setdefault(str(sample["sample_index"]), []).append(
-                make_completion(plan, sample, k, *found)
-            )
-    return data, used, missing
+            used += steps
+            completions = data.setdefault(str(sample["sample_index"]), [])
+            completions.append(make_completion(plan, sample, k, steps))
+    return Dataset(data, used, missing)
 
 
-def publish(path, metadata, plan, samples, rows):
-    """Write the completion file from the journal, which keeps every row: so nothing is lost by writing over an older file."""
-    data, used, missing = dataset(plan, samples, rows)
-    if not data:
-        raise UserError(
-            f"{path.with_suffix('.journal.jsonl')} holds no completion that was asked for with these flags: use those of "
-            "--stage sample"
-        )
-    settings = metadata["settings"] | {"missing": missing}
-    storage.write_json(
-        path, {"metadata": metadata | {"settings": settings, "usage": totals(used)}, "data": data}
-    )
-    print(
-        f"sample: {len(samples)} questions x {plan.degree}"
-        + (f", {missing} completions missing" if missing else "")
-        + f" -> {path}"
-    )
+def make_completion(
+    plan: SamplingConfig, sample: tasks.Sample, k: int, steps: list[JournalRow]
+) -> Completion:
+    """Return completion k of a sample from the journal's rows of its steps.
+
+    Of zs_cot, `completion` is the answer of step 2; "" where there was none to read off.
+    """
+    prompt = format_prompt(plan, sample)
+    text = steps[0]["completion"] or ""
+    first = {"prompt": prompt, "completion": text, "finish_reason": steps[0]["finish_reason"]}
+    for stop in stop_strings(plan):
+        if stop in text:  # some servers leave it in
+            first |= {"completion": text.partition(stop)[0], "finish_reason": "stop"}
+    row = {"sample_index": sample["sample_index"], "completion_index": k}
+    row |= {"question": sample["question"], "answer": sample["answer"], **first}
+    if plan.template == "zs_cot":
+        row |= {f"reasoning_{name}": value for name, value in first.items()}
+        row |= {"prompt": answer_texts(plan, prompt, text)[-1]}
+        row |= {"completion": "", "finish_reason": None}
+    for second in steps[1:]:
+        row["completion"] = second["completion"] or ""
+        row["finish_reason"] = second["finish_reason"]
+    row |= {"api": plan.api, "model": steps[-1]["model"]}
+    if "refusal" in steps[-1]:
+        row["refusal"] = steps[-1]["refusal"]
+    return row
+
+
+def publish(path: Path, metadata: dict, dataset: Dataset, samples: Samples) -> Path:
+    """Write the completion file.  The journal keeps every row, so an older file may be replaced."""
+    settings = metadata["settings"] | {"missing": dataset.missing}
+    metadata = metadata | {"settings": settings, "usage": sum_usage(dataset.rows)}
+    storage.write_json(path, {"metadata": metadata, "data": dataset.data})
+    missing = ""
+    if dataset.missing:
+        missing = f", {dataset.missing} completions missing"
+    print(f"sample: {len(samples)} questions x {settings['degree']}{missing} -> {path}")
     return path
 
 
-def summarise(run, samples, task, rules):
-    """Print what this run did, the share of correct completions so far, and a warning where sampling is not random; -> missing."""
-    data, _, missing = dataset(run.plan, samples, run.journal.rows)
-    rows = [row for many in data.values() for row in many]
-    right = sum(
-        tasks.grade(task, run.plan.template, row["completion"], row["answer"], rules).correct
-        for row in rows
-    )
-    share = (
-        f"; {100 * right / len(rows):.1f}% of {len(rows)} are correct so far ({rules} rules)"
-        if rows
-        else ""
-    )
-    print(f"sample: {progress(run)}{share}")
-    text = "reasoning_completion" if run.plan.template == "zs_cot" else "completion"
-    many = [[row[text] for row in rows] for rows in data.values() if len(rows) > 1]
-    same = sum(len(set(texts)) == 1 for texts in many)
-    if same and run.plan.temperature != 0:
+def print_summary(
+    session: ApiSession, plan: SamplingConfig, dataset: Dataset, task: str, rules: str
+) -> None:
+    """Print what a run did, how much is correct so far, and a warning where nothing is random."""
+    text = describe_progress(session)
+    grade = tasks.make_grader(task, plan.template, rules)
+    rows = [row for completions in dataset.data.values() for row in completions]
+    correct = sum(grade(row["completion"], row["answer"]).correct for row in rows)
+    if rows:
+        share = 100 * correct / len(rows)
+        text += f"; {share:.1f}% of {len(rows)} are correct so far ({rules} rules)"
+    print(text)
+    groups = [completions for completions in dataset.data.values() if len(completions) > 1]
+    identical = sum(is_repetition(completions) for completions in groups)
+    if identical and plan.temperature != 0:
         print(
-            f"warning: all completions of {same} of {len(many)} questions are identical: does the server sample?  (transformers serve "
-            "does only where the model's generation_config.json says do_sample: true)"
+            f"warning: all completions of {identical} of {len(groups)} questions are identical: "
+            "does the server sample?  (transformers serve does only where the model's "
+            "generation_config.json says do_sample: true)"
         )
-    return missing
 
 
-def fill(args, plan, path, metadata, samples):
-    """Write the completion file of an API model from the journal and from what is asked for now.  Raises UserError where some of
-    it is missing at the end: what was answered is in the journal."""
-    run = asyncio.run(collect(args, plan, path, samples))
-    total = len(samples) * plan.degree
-    missing = summarise(
-        run, samples, metadata["dataset_key"], args.rules or default_rules(plan.api)
-    )
-    if isinstance(run.reason, KeyboardInterrupt):
-        raise run.reason
-    if run.reason:
-        raise UserError(
-            f"{run.reason} ({total - missing} of {total} completions are there, in {run.journal.path})"
-        )
-    if missing:
-        raise UserError(
-            f"{missing} of {total} completions are missing, {len(run.failed_keys)} requests failed ({run.failures.path} says "
-            "why): start the same command again to ask for them, or go on without them from --stage curate"
-        )
-    return publish(path, metadata, plan, samples, run.journal.rows)
+def is_repetition(completions: list[Completion]) -> bool:
+    texts = [row.get("reasoning_completion", row["completion"]) for row in completions]
+    return len(set(texts)) == 1
 
 
-# ---------------- Stage sample, for a teacher that is neither the toy nor a local model
+# ---------------- Stage sample, of a teacher behind an API
 
 
-def default_rules(api):
-    """Chat models write their answers in sentences that the paper's rules often misread."""
-    return "flexible" if api == "chat" else "paper"
+def default_rules(api: str | None) -> str:
+    """Return the answer rules: chat models write sentences that the paper's often misread."""
+    if api == "chat":
+        return "flexible"
+    return "paper"
 
 
-def rules_of(args, metadata):
-    """-> the rules that curate a completion file: --rules, or what suits the model that wrote it."""
-    return args.rules or default_rules(metadata.get("settings", {}).get("api"))
+def with_settings(metadata: dict, plan: SamplingConfig, samples: Samples) -> dict:
+    """Return metadata with the settings that its completion file is made with."""
+    settings = plan._asdict()
+    for name in ("family", "choices", "examples"):
+        del settings[name]
+    settings["examples"] = storage.fingerprint(plan.examples)
+    settings["samples"] = storage.fingerprint(samples)
+    return metadata | {"settings": settings}
 
 
-def teacher_samples(args):
-    train, test = tasks.load_split(args.task, args.split, args.data)
-    samples = tasks.load(args.task, args.data)
-    return [samples[i] for i in sorted(train + (test if args.teacher_part == "all" else []))]
+def is_finished(path: Path, metadata: dict) -> bool:
+    """Whether a completion file lacks nothing, and was made with the settings of metadata."""
+    settings = metadata["settings"] | {"missing": 0}
+    return completions_match("sample", path, metadata["dataset_key"], settings)
 
 
-def teacher_plan(args):
-    examples = (
-        evaluate.few_shot_prompt(args.task, args.data) if args.teacher_method == "fs_cot" else ""
-    )
-    return Plan(
-        args.teacher,
-        args.api,
-        args.teacher_method,
-        "chat" if args.api == "chat" else "decoder",
-        args.teacher_max_new_tokens,
-        None if args.no_temperature else args.temperature,
-        args.degree,
-        args.choices,
-        args.legacy_max_tokens,
-        examples,
-    )
+def sample_remote(
+    path: Path, metadata: dict, plan: SamplingConfig, samples: Samples, api: ApiConfig, rules: str
+) -> Path:
+    """Write the completion file of a teacher behind an API, unless it is there; return its path.
 
-
-def with_settings(metadata, plan, samples):
-    settings = {
-        k: v for k, v in plan._asdict().items() if k not in ("family", "choices", "examples")
-    }
-    return metadata | {
-        "settings": settings
-        | {"examples": storage.fingerprint(plan.examples), "samples": storage.fingerprint(samples)}
-    }
-
-
-def sample(args, path, metadata):
-    """The completion file of --teacher: as it is where a user put it there, else sampled through the API.
-
-    Raises UserError where there is neither a file nor an API to ask."""
-    journal = path.with_suffix(".journal.jsonl")
-    ours = journal.exists() and journal.stat().st_size > 0
-    if args.dry_run:
-        return dry_run(args, path)
-    if path.exists() and not (ours and has_api(args)):
-        print(f"sample: using the completions of {args.teacher} at {path}")
-        return path
-    if not has_api(args):
-        raise UserError(
-            f"there are no completions of {args.teacher} for {args.task} at {path}: put the teacher's completion file there "
-            "(saved/README.md has the format), set OPENAI_API_KEY or --base_url to sample it through the API, or take a "
-            "local teacher, hf:NAME"
-        )
-    plan = teacher_plan(args)
-    samples = teacher_samples(args)
-    if args.degree > 1 and plan.temperature == 0:
-        raise UserError(
-            f"--degree {args.degree} at --temperature 0 would buy {args.degree} identical rationales: use --temperature 0.7"
-        )
+    Raises UserError where some of it is missing in the end.
+    """
     metadata = with_settings(metadata, plan, samples)
-    if path.exists() and storage.settings_match(
-        "sample",
-        path,
-        evaluate.read_completions(path, args.task)[0].get("settings"),
-        metadata["settings"] | {"missing": 0},
-    ):
+    if is_finished(path, metadata):
         return path
-    if args.batch:
-        from extras import batch_api as batch
-
-        return batch.step(args, plan, path, metadata, samples)
-    return fill(args, plan, path, metadata, samples)
+    return sample_missing(api, plan, path, metadata, samples, rules)
 
 
-def taken_up(file):
-    """-> the journal in a file, to read only."""
-    journal = storage.Journal(file)
-    journal.close()
-    check_journal(journal)
-    return journal
+def sample_missing(
+    api: ApiConfig, plan: SamplingConfig, path: Path, metadata: dict, samples: Samples, rules: str
+) -> Path:
+    """Write a completion file from the journal and from what is asked for now.
+
+    Raises UserError where some of it is missing in the end: the journal has what was answered.
+    """
+    session = ApiSession(api, path)
+    asyncio.run(ask_for_missing(session, plan, samples))
+    dataset = make_dataset(plan, samples, session.journal.rows)
+    print_summary(session, plan, dataset, metadata["dataset_key"], rules)
+    total = len(samples) * plan.degree
+    found = f"{total - dataset.missing} of {total} completions are there"
+    session.raise_stop_reason(f" ({found}, in {session.journal.path})")
+    if dataset.missing:
+        failed = f"{len(session.failed_keys)} requests failed ({session.failures.path} says why)"
+        raise UserError(
+            f"{dataset.missing} of {total} completions are missing, {failed}: start the same "
+            "command again to ask for them, or continue without them from --stage curate"
+        )
+    return publish(path, metadata, dataset, samples)
 
 
-def publish_partial(args, path, metadata):
-    """For --stage curate: where sampling is unfinished, write the completion file from what the journal holds, asking for nothing."""
-    file = path.with_suffix(".journal.jsonl")
-    old = (
-        evaluate.read_completions(path, args.task)[0].get("settings", {})
-        if path.exists()
-        else {"missing": True}
-    )
-    if not file.exists() or not (
-        old.get("missing") or old.get("degree", args.degree) < args.degree
-    ):
+def publish_partial(path: Path, metadata: dict, plan: SamplingConfig, samples: Samples) -> None:
+    """Write the completion file of unfinished sampling from the journal; ask for nothing."""
+    journal_path = path.with_suffix(".journal.jsonl")
+    old = {"missing": True}
+    if path.exists():
+        old = read_completions(path, metadata["dataset_key"])[0].get("settings", {})
+    is_partial = old.get("missing") or old.get("degree", plan.degree) < plan.degree
+    if not is_partial or not journal_path.exists():
         return
-    plan = teacher_plan(args)
-    samples = teacher_samples(args)
-    journal = taken_up(file)
-    publish(path, with_settings(metadata, plan, samples), plan, samples, journal.rows)
+    dataset = make_dataset(plan, samples, read_journal(journal_path))
+    if not dataset.data:
+        raise UserError(
+            f"{journal_path} holds no completion that was asked for with these flags: use those of "
+            "--stage sample"
+        )
+    publish(path, with_settings(metadata, plan, samples), dataset, samples)
 
 
-# ---------------- Dry run
-
-
-def token_counter(student):
-    """-> (texts -> tokens in all, how it counts): the tokenizer of a student's folder, or 4 characters a token."""
-    file = Path(student) / "tokenizer.json"
-    if file.is_file():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(file))
-        return lambda texts: sum(
-            len(e.ids) for e in tokenizer.encode_batch(texts)
-        ), f"prompts counted by the tokenizer of {student}"
-    return lambda texts: sum(map(len, texts)) // 4, "prompts at 4 characters a token"
-
-
-def estimate(args, path, count):
-    """-> (requests, prompt tokens, completion tokens) that a run would ask for; tokens of completions at their most."""
-    plan = teacher_plan(args)
-    samples = teacher_samples(args)
-    file = path.with_suffix(".journal.jsonl")
-    rows = taken_up(file).rows if file.exists() else {}
-    texts = []
-    completions = 0
-    answers = 0
-    for sample, ks in all_units(plan, samples):
-        for request in (
-            next_requests(plan, rows, sample, ks)
-            if rows
-            else [Request(0, 1, dict.fromkeys(ks), {})]
-        ):
-            second = (
-                len(request.keys) if plan.template == "zs_cot" else 0
-            )  # answers to read off, each in a request of its own
-            texts += [prompt_of(plan, sample)] * ((request.step == 1) + second)
-            completions = completions + len(request.keys) * (request.step == 1) + second
-            answers = answers + second
-    return (
-        len(texts),
-        count(texts) + answers * (plan.max_new_tokens + 8),
-        completions * plan.max_new_tokens,
-    )
-
-
-def dry_run(args, path):
-    """Print what would be asked and, given prices, cost.  --task all: of every benchmark that is prepared."""
-    count, how = token_counter(args.student)
-    everything = [0, 0, 0]
-    for task in (
-        [task for task in tasks.TASKS if task != "toy"] if args.task == "all" else [args.task]
-    ):
-        args.task = task
-        try:
-            numbers = estimate(args, path.with_name(f"D_{task}.json"), count)
-        except UserError as e:
-            print(f"dry run: {task} is left out: {e}")
-            continue
-        everything = [a + b for a, b in zip(everything, numbers)]
-        print_estimate(args, task, *numbers)
-    print_estimate(args, f"in all, {how}", *everything)
-
-
-def print_estimate(args, what, requests, prompt, completion):
-    cost = (
-        f", at most ${dollars(args, prompt, completion):,.2f}" if args.price_in is not None else ""
-    )
-    print(
-        f"dry run: {what}: {requests:,} requests, {prompt:,} prompt tokens and at most {completion:,} completion tokens{cost}"
-    )
+def read_journal(path: Path) -> Rows:
+    journal = open_journal(path)
+    journal.close()
+    return journal.rows

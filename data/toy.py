@@ -1,101 +1,108 @@
-"""The toy task: who flips, who keeps, and is the coin still heads up?  Made on the spot: no download, no key, no GPU.
+"""The toy task's teacher, wrong once in five, and its student; the samples are in tasks.py.
 
-Five coin states in a row are hard to see at once and easy one at a time, so rationales help a tiny student; without them
-it stays at chance.  Beside the samples stand their teacher, which is wrong once in five, and their student.
+Five coin states in a row are hard to see at once and easy one at a time, so rationales help a tiny
+student; without them it stays at chance.
 """
 
 import random
 import re
+from typing import Any
 
 import tasks
-from storage import write_errors
+from storage import AnyPath, write_errors
 from tasks import NAMES
 
-SIDES = {True: "heads", False: "tails"}
-
-
-TOY_PHRASES = [  # (start, one step, end): the teacher's several ways to say the same
+SIDES = ("tails", "heads")
+ANSWERS = {"heads": "yes", "tails": "no"}
+PHRASES = [  # (start, one step, end): the teacher's several ways to say the same
     ("The coin is heads up.", "{name} {verb} it: {before} to {side}.", "So it is {side} up."),
     ("Start: heads.", "From {before}, {name} {verb} it to {side}.", "In the end {side}."),
     ("Heads.", "{name} {verb} {before}, now {side}.", "The coin shows {side}."),
 ]
-TOY_VOCABULARY = [
-    *NAMES,
-    *(re.sub(r"\{\w+\}", " ", part) for phrases in TOY_PHRASES for part in phrases),
-    "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->",
-]
+WORDS = "A coin is heads up. flips keeps the coin. Is the coin still heads up? tails yes no ### -->"
 
 
-def toy_rationale(question, rng, phrases):
-    """Follow the coin; in one rationale of five, lose track at one person, which turns the end around."""
+def toy_rationale(question: str, rng: random.Random, phrases: tuple[str, str, str]) -> str:
+    """Follow the coin; in one rationale of five, lose track once, which inverts the end."""
     steps = re.findall(r"(\w+) (flips|keeps) the coin", question)
-    slip = rng.randrange(len(steps)) if steps and rng.random() < 0.2 else None
+    wrong_step = None
+    if steps and rng.random() < 0.2:
+        wrong_step = rng.randrange(len(steps))
     start, step, end = phrases
     heads = True
-    said = [start]
+    sentences = [start]
     for i, (name, verb) in enumerate(steps):
-        before = heads
-        heads = heads ^ (verb == "flips") ^ (i == slip)
-        said.append(step.format(name=name, verb=verb, before=SIDES[before], side=SIDES[heads]))
-    return " ".join([*said, end.format(side=SIDES[heads])])
+        before = SIDES[heads]
+        heads = heads ^ (verb == "flips") ^ (i == wrong_step)
+        sentences.append(step.format(name=name, verb=verb, before=before, side=SIDES[heads]))
+    return " ".join([*sentences, end.format(side=SIDES[heads])])
 
 
-def toy_teacher(prompts, n=1, temperature=0.0, max_new_tokens=128, stop=None, seed=0):
-    """An embedded teacher with the signature of `complete`: n completions a prompt, the same ones for the same seed.
-
-    It answers both steps of Zero-shot-CoT, and Few-shot-CoT with a sentence that states the answer.  Above temperature 0 its rationales vary in wording (diverse reasoning)."""
-
-    def one(prompt, k):
-        """-> the k-th completion of a prompt"""
-        if prompt.endswith(tasks.COT_ANSWER):
-            sides = re.findall(r"heads|tails", prompt)
-            return " yes." if sides[-1] == "heads" else " no."
-        rng = random.Random(f"{seed} {k} {prompt}" if temperature else f"{seed} {prompt}")
-        rationale = toy_rationale(
-            prompt.rpartition("Q:")[2],
-            rng,
-            rng.choice(TOY_PHRASES) if temperature else TOY_PHRASES[0],
-        )
-        answer = "yes" if re.findall(r"heads|tails", rationale)[-1] == "heads" else "no"
-        return f" {rationale}" + f" {tasks.PREFIXES['fs_cot']} {answer}." * prompt.endswith("\nA:")
-
-    return [
-        [{"completion": one(prompt, k), "finish_reason": "stop"} for k in range(n)]
-        for prompt in prompts
-    ]
+def read_answer(text: str) -> str:
+    """'... so it is tails up.' -> 'no'"""
+    return ANSWERS[re.findall(r"heads|tails", text)[-1]]
 
 
-def make_toy_student(folder, seed):
-    """Save a 2-layer, 128-wide GPT-2 with random weights, and a word-level tokenizer that knows the toy task's words."""
+def answer_prompt(prompt: str, seed: str, diverse: bool) -> str:
+    """Return the teacher's completion of either step of Zero-shot-CoT, or of Few-shot-CoT."""
+    if prompt.endswith(tasks.ANSWER_TRIGGER):
+        return f" {read_answer(prompt)}."
+    rng = random.Random(f"{seed} {prompt}")
+    phrases = PHRASES[0]
+    if diverse:
+        phrases = rng.choice(PHRASES)
+    rationale = toy_rationale(prompt.rpartition("Q:")[2], rng, phrases)
+    if prompt.endswith("\nA:"):  # Few-shot-CoT: the answer is stated
+        return f" {rationale} {tasks.ANSWER_PREFIXES['fs_cot']} {read_answer(rationale)}."
+    return f" {rationale}"
+
+
+def toy_teacher(
+    prompts: list[str],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    n: int = 1,
+    stop: list[str] | None = None,
+    seed: int = 0,
+) -> list[list[dict[str, Any]]]:
+    """Complete each prompt n times, the same way for the same seed; the signature of `complete`.
+
+    Above temperature 0 the rationales of a question vary in wording (diverse reasoning).
+    """
+    completions = []
+    for prompt in prompts:
+        seeds = [f"{seed}"] * n
+        if temperature:
+            seeds = [f"{seed} {k}" for k in range(n)]
+        texts = [answer_prompt(prompt, s, temperature > 0) for s in seeds]
+        completions.append([{"completion": text, "finish_reason": "stop"} for text in texts])
+    return completions
+
+
+def toy_vocabulary() -> dict[str, int]:
+    """Return the token ids of all words and punctuation marks of the task."""
+    phrases = re.sub(r"\{\w+\}", " ", " ".join(map(" ".join, PHRASES)))
+    words = sorted({*re.findall(r"\w+|[^\w\s]+", f"{phrases} {WORDS}"), *NAMES})
+    return {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
+
+
+def make_toy_student(folder: AnyPath, seed: int) -> None:
+    """Save a 2-layer, 128-wide GPT-2 with random weights and a word-level tokenizer of the task."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    special = ["<eos>", "<unk>"]
-    words = re.findall(r"\w+|[^\w\s]+", " ".join(TOY_VOCABULARY))
-    tokenizer = Tokenizer(
-        models.WordLevel(
-            {word: i for i, word in enumerate([*special, *sorted(set(words))])}, unk_token="<unk>"
-        )
-    )
+    tokenizer = Tokenizer(models.WordLevel(toy_vocabulary(), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=len(fast),
-        n_layer=2,
-        n_head=4,
-        n_embd=128,
-        n_positions=128,
-        bos_token_id=0,
-        eos_token_id=0,
-        initializer_range=0.08,  # 1/sqrt(128): at GPT-2's 0.02, meant for 768 wide, it learns at half the speed
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 128}
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens = {"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 0}
+    scale = 0.08  # 1/sqrt(128): at GPT-2's 0.02 it learns at half the speed
+    config = GPT2Config(initializer_range=scale, **sizes, **no_dropout, **tokens)
     with write_errors(folder):
         GPT2LMHeadModel(config).save_pretrained(folder)
         fast.save_pretrained(folder)

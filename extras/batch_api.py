@@ -1,473 +1,478 @@
 """The slow lanes of the OpenAI API: batches (half the price, within a day) and fine-tuning jobs.
 
-Batches work on the journal of teacher.py: submit what it lacks, fetch what is ready, submit what is missing then (step 2 of
-zs_cot, and what failed or expired).  Everything that could be paid for twice is written down before it is asked for, in
-D_<task>.batches.jsonl:  run (a name for this file's batches), intent N (the requests of shard N), batch N (its id),
-void N (it was refused or never came to be), fetched N (its results are in the journal).
+Batches work on the journal of teacher.py: submit what it lacks, fetch what is ready, submit what is
+missing then (step 2 of zs_cot, and what failed or expired).  What could be paid for twice is noted
+before it is asked for, in D_<task>.batches.jsonl:
+
+    run         a name for the batches of this file
+    intent N    the requests of shard N, before its batch is created
+    batch N     the id of its batch
+    void N      it was refused, or never came to be
+    fetched N   its results are in the journal
 """
 
 import asyncio
+import functools
 import json
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import evaluate
-import tasks
-import flags
 import storage
-from storage import UserError
-from tasks import API_FAMILIES
-from teacher import (
-    ENDPOINTS,
-    BadReply,
-    Failed,
-    Plan,
-    Run,
-    Stopped,
-    all_units,
-    attempt,
-    default_rules,
-    dollars,
-    fail,
-    fill,
-    make_rows,
-    most_tokens,
-    next_requests,
-    publish,
-    read_reply,
-    summarise,
-    with_settings,
-    words,
+import teacher
+from api import (
+    ApiConfig,
+    ApiSession,
+    InvalidReplyError,
+    RequestError,
+    RunStopped,
+    call_with_retries,
+    error_text,
 )
+from completions import SamplingConfig
+from storage import UserError
+from teacher import Request, Samples
 
-# of one batch (the API's limits: 50,000 and 200 MB)
-SHARD_REQUESTS = 50_000
-SHARD_BYTES = 190_000_000
-FINAL = ("completed", "failed", "expired", "cancelled")
-POLL = 30.0  # s between two looks at a fine-tuning job
-JOB_ENDS = ("succeeded", "failed", "cancelled")
-PATIENCE = 3600.0  # s for an upload or a download
+MAX_SHARD_REQUESTS = 50_000  # of one batch; the API's limits are these and 200 MB
+MAX_SHARD_BYTES = 190_000_000
+FINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
+POLL_SECONDS = 30.0  # between two looks at a fine-tuning job
+FINAL_JOB_STATUSES = ("succeeded", "failed", "cancelled")
+TRANSFER_TIMEOUT = 3600.0  # seconds for an upload or a download
 
 
-def step(args, plan, path, metadata, samples):
-    """--batch submit, status or fetch; writes the completion file when all is there.  Raises UserError."""
-    run, problems = asyncio.run(take_step(args, plan, path, samples))
-    if isinstance(run.reason, KeyboardInterrupt):
-        raise run.reason
-    problems += [run.reason] if run.reason else []
+class Batches(NamedTuple):
+    """The batches of one completion file."""
+
+    session: ApiSession
+    plan: SamplingConfig
+    notes: storage.Journal
+
+
+class Shard(NamedTuple):
+    """The requests of one batch; batch_id is None as long as it is not known to exist."""
+
+    number: int
+    intent: dict[str, Any]
+    batch_id: str | None
+
+
+def run_batch_command(
+    command: str,
+    path: Path,
+    metadata: dict,
+    plan: SamplingConfig,
+    samples: Samples,
+    api: ApiConfig,
+    rules: str,
+) -> Path:
+    """Do one step of --batch: submit, status or fetch, which writes the completion file at last.
+
+    Raises UserError where a step fails: what was submitted or fetched before is written down.
+    """
+    metadata = teacher.with_settings(metadata, plan, samples)
+    if teacher.is_finished(path, metadata):
+        return path
+    session = ApiSession(api, path)
+    problems = asyncio.run(session.run(run_step(session, command, path, plan, samples)))
+    session.raise_stop_reason()
     if problems:
         raise UserError("; ".join(problems))
-    if args.batch == "fetch":
-        missing = summarise(run, samples, args.task, args.rules or default_rules(plan.api))
-        if not missing:
-            return publish(path, metadata, plan, samples, run.journal.rows)
-        print(
-            f"sample: {missing} completions are missing: --batch submit asks for what is not under way"
-        )
+    if command != "fetch":
+        return path
+    dataset = teacher.make_dataset(plan, samples, session.journal.rows)
+    teacher.print_summary(session, plan, dataset, metadata["dataset_key"], rules)
+    if not dataset.missing:
+        return teacher.publish(path, metadata, dataset, samples)
+    missing = f"{dataset.missing} completions are missing"
+    print(f"sample: {missing}: --batch submit asks for what is not under way")
     return path
 
 
-async def take_step(args, plan, path, samples):
-    """-> (the finished Run, what went wrong: one sentence each)."""
-    async with Run(args, plan, path) as run:
-        notes = storage.Journal(path.with_suffix(".batches.jsonl"))
-        problems = []
-        try:
-            notes.append([{"key": "run", "id": uuid.uuid4().hex}])  # the first one stays
-            await settle(run, notes)
-            if args.batch == "submit":
-                await submit(run, notes, samples)
-            else:
-                problems = await look(run, notes, fetch=args.batch == "fetch")
-        except Stopped:
-            pass
-        except Failed as e:
-            problems = [f"{e}: nothing is lost, start the same command again"]
-        finally:
-            notes.close()
-    return run, problems
+async def run_step(
+    session: ApiSession, command: str, path: Path, plan: SamplingConfig, samples: Samples
+) -> list[str]:
+    """Return what went wrong, a sentence each."""
+    notes = storage.Journal(path.with_suffix(".batches.jsonl"))
+    batches = Batches(session, plan, notes)
+    try:
+        notes.append([{"key": "run", "id": uuid.uuid4().hex}])  # where there is one, it stays
+        await reconcile_intents(batches)
+        if command == "submit":
+            await submit(batches, samples)
+            return []
+        return await poll_batches(batches, fetch=command == "fetch")
+    except RunStopped:
+        return []
+    except RequestError as e:
+        return [f"{e}: nothing is lost, start the same command again"]
+    finally:
+        notes.close()
 
 
-def open_shards(notes):
-    """-> [(number, its intent, its batch's id or None)] of the shards that are neither void nor fetched."""
-    rows = notes.rows
-    numbers = range(sum(key.startswith("intent ") for key in notes.rows))
-    return [
-        (n, rows[f"intent {n}"], rows.get(f"batch {n}", {}).get("id"))
-        for n in numbers
-        if f"void {n}" not in rows and f"fetched {n}" not in rows
-    ]
+def open_shards(notes: storage.Journal) -> list[Shard]:
+    """Return the shards that are neither void nor fetched."""
+    shards = []
+    for number in range(count_intents(notes)):
+        if f"void {number}" in notes.rows or f"fetched {number}" in notes.rows:
+            continue
+        batch_id = notes.rows.get(f"batch {number}", {}).get("id")
+        shards.append(Shard(number, notes.rows[f"intent {number}"], batch_id))
+    return shards
 
 
-async def upload(run, name, content, purpose):
-    """-> the id of the uploaded JSON-lines file."""
-    file, _, _ = await attempt(
-        run,
-        lambda: run.client.files.create(file=(name + ".jsonl", content), purpose=purpose),
-        timeout=PATIENCE,
-    )
-    return file.id
+def count_intents(notes: storage.Journal) -> int:
+    return sum(key.startswith("intent ") for key in notes.rows)
+
+
+async def call(
+    session: ApiSession, send: Callable[[], Awaitable[Any]], timeout: float | None = None
+) -> Any:
+    """Return what `await send()` gives.  Raises RequestError, RunStopped."""
+    reply, _, _ = await call_with_retries(session, send, timeout=timeout)
+    return reply
+
+
+async def upload(session: ApiSession, name: str, content: bytes, purpose: str) -> str:
+    """Return the id of the uploaded JSON-lines file."""
+    file = (f"{name}.jsonl", content)
+    send = functools.partial(session.client.files.create, file=file, purpose=purpose)
+    return (await call(session, send, TRANSFER_TIMEOUT)).id
 
 
 # ---------------- Submit
 
 
-async def find_batch(run, notes, number):
-    """-> the id of the batch that was made for a shard, or None.  Its metadata name the shard, so an unknown outcome is looked up."""
-    async for batch in run.client.batches.list(limit=100):
-        if (batch.metadata or {}).get("run") == notes.rows["run"]["id"] and batch.metadata.get(
-            "shard"
-        ) == str(number):
+async def find_batch(batches: Batches, number: int) -> str | None:
+    """Return the id of the batch that was created for a shard: its metadata name the shard."""
+    run = batches.notes.rows["run"]["id"]
+    oldest = batches.notes.rows[f"intent {number}"]["time"] - 86400  # whatever the clocks say
+    async for batch in batches.session.client.batches.list(limit=100):
+        if (batch.metadata or {}).items() >= {"run": run, "shard": str(number)}.items():
             return batch.id
-        if batch.created_at < notes.rows[f"intent {number}"]["time"] - 86400:
-            return None  # newest first: the rest is older than the intent, whatever the clocks say
+        if batch.created_at < oldest:  # they come newest first
+            return None
+    return None
 
 
-async def settle(run, notes):
+async def reconcile_intents(batches: Batches) -> None:
     """Look up the shards of which a kill or a lost reply left only the intent."""
-    for number, _, batch_id in open_shards(notes):
-        if batch_id is None:
-            batch_id, _, _ = await attempt(run, lambda: find_batch(run, notes, number))
-            found = {"key": f"batch {number}", "id": batch_id}
-            notes.append(
-                [found if batch_id else {"key": f"void {number}", "why": "it was never created"}]
-            )
+    for shard in open_shards(batches.notes):
+        if shard.batch_id is not None:
+            continue
+        send = functools.partial(find_batch, batches, shard.number)
+        batch_id = await call(batches.session, send)
+        note = {"key": f"void {shard.number}", "why": "it was never created"}
+        if batch_id:
+            note = {"key": f"batch {shard.number}", "id": batch_id}
+        batches.notes.append([note])
 
 
-async def submit(run, notes, samples):
+async def submit(batches: Batches, samples: Samples) -> None:
     """Send what the journal lacks and no open batch holds, in shards."""
-    waiting = {
-        request["key"] for _, intent, _ in open_shards(notes) for request in intent["requests"]
-    }
-    requests = [
-        request
-        for unit in all_units(run.plan, samples)
-        for request in next_requests(run.plan, run.journal.rows, *unit)
-        if request.key not in waiting
-    ]
-    shard = []
-    size = 0
-    for request in requests:
-        line = {
-            "custom_id": request.key,
-            "method": "POST",
-            "url": "/v1" + ENDPOINTS[run.plan.api],
-            "body": request.body,
-        }
-        line = json.dumps(line) + "\n"
-        if shard and (len(shard) >= SHARD_REQUESTS or size + len(line) > SHARD_BYTES):
-            await submit_shard(run, notes, shard)
-            shard = []
-            size = 0
-        shard.append((request, line))
-        size += len(line)
-    if shard:
-        await submit_shard(run, notes, shard)
+    waiting = set()
+    for shard in open_shards(batches.notes):
+        waiting |= {request["key"] for request in shard.intent["requests"]}
+    requests = []
+    rows = batches.session.journal.rows
+    for unit in teacher.list_units(batches.plan, samples):
+        missing = teacher.next_requests(batches.plan, rows, *unit)
+        requests += [request for request in missing if request.key not in waiting]
+    for shard_requests, content in split_into_shards(requests, batches.plan.api):
+        await submit_shard(batches, shard_requests, content)
+    under_way = f"{len(waiting)} were under way already"
     print(
-        f"batch: {len(requests)} requests submitted, {len(waiting)} were under way already; --batch fetch brings the answers"
+        f"batch: {len(requests)} requests submitted, {under_way}; --batch fetch brings the answers"
     )
 
 
-async def submit_shard(run, notes, shard):
-    """Write down the intent, upload the file, create the batch: one, whatever the replies say.  Raises Failed where it is refused."""
-    number = sum(key.startswith("intent ") for key in notes.rows)
-    cost = sum(dollars(run.args, *most_tokens(request.body)) for request, _ in shard)
-    under_way = sum(intent["cost"] for _, intent, _ in open_shards(notes))
-    if run.args.max_cost is not None and run.spent + under_way + cost > run.args.max_cost:
-        run.stop(
-            f"--max_cost {run.args.max_cost}: ${run.spent:.4f} are spent, ${under_way:.4f} may be under way, and the next "
-            f"{len(shard)} requests may cost ${cost:.4f}"
-        )
-        raise Stopped
-    requests = [
+def split_into_shards(
+    requests: Iterable[Request], api: str
+) -> Iterator[tuple[list[Request], bytes]]:
+    """Yield requests with the content of their input file, within the limits of a batch."""
+    shard: list[Request] = []
+    content = bytearray()
+    for request in requests:
+        url = "/v1" + teacher.ENDPOINTS[api]
+        row = {"custom_id": request.key, "method": "POST", "url": url, "body": request.body}
+        line = json.dumps(row).encode() + b"\n"
+        is_full = len(shard) >= MAX_SHARD_REQUESTS or len(content) + len(line) > MAX_SHARD_BYTES
+        if shard and is_full:
+            yield shard, bytes(content)
+            shard = []
+            content.clear()
+        shard.append(request)
+        content += line
+    if shard:
+        yield shard, bytes(content)
+
+
+async def submit_shard(batches: Batches, requests: list[Request], content: bytes) -> None:
+    """Write down the intent, upload the file, create one batch, whatever the replies say.
+
+    Raises RequestError where that is refused or given up.
+    """
+    session, plan, notes = batches
+    number = count_intents(notes)
+    cost = 0.0
+    for request in requests:
+        cost += session.api.dollars(*teacher.token_upper_bound(request.body))
+    check_budget(batches, len(requests), cost)
+    intent = {"key": f"intent {number}", "time": int(time.time()), "api": plan.api, "cost": cost}
+    intent["requests"] = [
         {"key": r.key, "sample_index": r.sample_index, "step": r.step, "keys": r.keys}
-        for r, _ in shard
+        for r in requests
     ]
-    notes.append(
-        [
-            {
-                "key": f"intent {number}",
-                "time": int(time.time()),
-                "api": run.plan.api,
-                "cost": cost,
-                "requests": requests,
-            }
-        ]
-    )
-    data = "".join(line for _, line in shard).encode()
+    notes.append([intent])
 
-    async def create():
-        return (
-            await find_batch(run, notes, number)
-            or (
-                await run.client.batches.create(
-                    input_file_id=file,
-                    endpoint="/v1" + ENDPOINTS[run.plan.api],
-                    completion_window="24h",
-                    metadata={"run": notes.rows["run"]["id"], "shard": str(number)},
-                )
-            ).id
+    async def create() -> str:
+        found = await find_batch(batches, number)
+        if found:  # an attempt whose reply got lost
+            return found
+        batch = await session.client.batches.create(
+            input_file_id=file_id,
+            endpoint="/v1" + teacher.ENDPOINTS[plan.api],
+            completion_window="24h",
+            metadata={"run": notes.rows["run"]["id"], "shard": str(number)},
         )
+        return batch.id
 
     try:
-        file = await upload(run, f"shard{number}", data, "batch")
-        batch_id, _, _ = await attempt(run, create)
-    except Failed as e:
-        if e.refused:
-            notes.append([{"key": f"void {number}", "why": str(e)}])
-        raise Failed(f"batch of {len(shard)} requests ({len(data)} bytes): {e}") from None
+        file_id = await upload(session, f"shard{number}", content, "batch")
+        batch_id = await call(session, create)
+    except RequestError as e:
+        size = f"batch of {len(requests)} requests ({len(content)} bytes)"
+        raise RequestError(f"{size}: {e}") from None
     notes.append([{"key": f"batch {number}", "id": batch_id}])
-    print(f"batch {batch_id}: {len(shard)} requests submitted")
+    print(f"batch {batch_id}: {len(requests)} requests submitted")
+
+
+def check_budget(batches: Batches, count: int, cost: float) -> None:
+    """Stop the session where --max_cost has no room for a batch.  Raises RunStopped then."""
+    session = batches.session
+    limit = session.api.max_cost
+    under_way = sum(shard.intent["cost"] for shard in open_shards(batches.notes))
+    if limit is not None and session.spent + under_way + cost > limit:
+        known = f"${session.spent:.4f} are spent, ${under_way:.4f} may be under way"
+        session.stop(
+            f"--max_cost {limit}: {known}, and the next {count} requests may cost ${cost:.4f}"
+        )
+        raise RunStopped
 
 
 # ---------------- Status and fetch
 
 
-async def look(run, notes, fetch):
-    """Print each open batch's status and, with fetch, take in the results of those that ended; -> problems."""
+async def poll_batches(batches: Batches, fetch: bool) -> list[str]:
+    """Print the status of each open batch and, with fetch, ingest those that ended.
+
+    Returns what went wrong, a sentence each.
+    """
     problems = []
-    shards = open_shards(notes)
-    for number, intent, batch_id in shards:
-        batch, _, _ = await attempt(run, lambda: run.client.batches.retrieve(batch_id))
+    shards = open_shards(batches.notes)
+    for shard in shards:
+        send = functools.partial(batches.session.client.batches.retrieve, shard.batch_id)
+        batch = await call(batches.session, send)
+        text = f"batch {batch.id}: {batch.status}"
         counts = batch.request_counts
-        done = (
-            f", {counts.completed} of {counts.total} done, {counts.failed} failed" if counts else ""
-        )
-        print(f"batch {batch_id}: {batch.status}{done}")
-        if fetch and batch.status in FINAL:
-            problems += await take_in(run, notes, number, intent, batch)
+        if counts:
+            text += f", {counts.completed} of {counts.total} done, {counts.failed} failed"
+        print(text)
+        if fetch and batch.status in FINAL_STATUSES:
+            ingest_results(batches, shard, batch, await download_results(batches, batch))
+            if batch.status == "failed":
+                said = [error_text(e.message) for e in getattr(batch.errors, "data", None) or ()]
+                reason = "; ".join(said) or "the server does not say why"
+                problems.append(f"batch {batch.id} failed: {reason}")
     if not shards:
         print("batch: none is under way")
     return problems
 
 
-async def download(run, file_id, expected, seen):
-    """-> the rows of a result file.  Raises BadReply where it is not all there (yet)."""
-    import openai
-
-    try:
-        text = (await run.client.files.content(file_id)).content.decode()
-        found = [
-            json.loads(line) for line in text.split("\n") if line.strip()
-        ]  # U+2028 may stand inside a string
-    except openai.NotFoundError as e:
-        raise BadReply(words(e)) from None
-    except (ValueError, RecursionError):
-        raise BadReply(f"the file {file_id} is not whole") from None
-    if len(found) < expected and seen != [text]:
-        seen[:] = [text]
-        raise BadReply(
-            f"the file {file_id} has {len(found)} lines, not {expected}"
-        )  # if it comes so again, it is so
-    return found
-
-
-async def take_in(run, notes, number, intent, batch):
-    """Write an ended batch's answers to the journal and its errors to the failures file, then mark it fetched; -> problems."""
-    wanted = {request["key"]: request for request in intent["requests"]}
+async def download_results(batches: Batches, batch: Any) -> list[Any]:
+    """Return the lines of a batch's output and error files, either of which may be missing."""
+    completed = 0
+    if batch.request_counts:
+        completed = batch.request_counts.completed
     lines = []
-    completed = batch.request_counts.completed if batch.request_counts else 0
     for file_id, expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
         if file_id:  # it may be null or ""
-            seen = []
-            found, _, _ = await attempt(
-                run, lambda: download(run, file_id, expected, seen), timeout=PATIENCE
-            )
-            lines += found
+            lines += await download(batches, file_id, expected)
+    return lines
+
+
+async def download(batches: Batches, file_id: str, expected: int) -> list[Any]:
+    """Return the values of a result file, which may not be complete at once.
+
+    A file with fewer lines than expected is taken when it comes the same way twice.
+    """
+    import openai
+
+    previous = ""
+
+    async def send() -> list[Any]:
+        nonlocal previous
+        try:
+            reply = await batches.session.client.files.content(file_id)
+            text = reply.content.decode()
+            lines = text.split("\n")  # and nowhere else: U+2028 may stand inside a string
+            values = [json.loads(line) for line in lines if line.strip()]
+        except openai.NotFoundError as e:
+            raise InvalidReplyError(error_text(e)) from None
+        except (ValueError, RecursionError):
+            raise InvalidReplyError(f"the file {file_id} is not complete") from None
+        if len(values) < expected and text != previous:
+            previous = text
+            raise InvalidReplyError(f"the file {file_id} lacks lines: {len(values)} of {expected}")
+        return values
+
+    return await call(batches.session, send, TRANSFER_TIMEOUT)
+
+
+def ingest_results(batches: Batches, shard: Shard, batch: Any, lines: list[Any]) -> None:
+    """Write a batch's answers to the journal and its errors to the failures; mark it fetched.
+
+    The first line of a custom_id counts.
+    """
+    wanted = {request["key"]: request for request in shard.intent["requests"]}
+    seen = set()
     rows = []
     errors = []
     unknown = 0
-    seen = set()
     for line in lines:
         key = line.get("custom_id") if isinstance(line, dict) else None
-        if key not in wanted or key in seen:
-            unknown += key not in wanted
+        if key in seen:
+            continue
+        if key not in wanted:
+            unknown += 1
             continue
         seen.add(key)
-        request = wanted[key]
-        response = line.get("response") or {}
-        keys = {int(k): each for k, each in request["keys"].items()}
+        keys = {int(k): name for k, name in wanted[key]["keys"].items()}  # JSON made texts of them
+        request = Request(wanted[key]["sample_index"], wanted[key]["step"], keys, {})
         try:
-            if response.get("status_code") != 200:
-                raise BadReply(json.dumps(line.get("error") or response.get("body") or response))
-            reply = read_reply(response.get("body"), intent["api"], len(keys))
-            rows += make_rows(keys, request["sample_index"], request["step"], *reply, 1, 0)
-        except BadReply as e:
-            errors.append(words(e))
-            fail(run, key, request["sample_index"], request["step"], list(keys), Failed(errors[-1]))
-    run.journal.append(rows)
+            rows += read_result(line, shard.intent["api"], request)
+        except InvalidReplyError as e:
+            errors.append(error_text(e))
+            teacher.add_failure(batches.session, request, errors[-1])
+    batches.session.journal.append(rows)
+    answers = len(seen) - len(errors)
     missing = len(wanted) - len(seen)
-    notes.append(
-        [
-            {
-                "key": f"fetched {number}",
-                "status": batch.status,
-                "answers": len(seen) - len(errors),
-                "failed": len(errors),
-                "missing": missing,
-                "unknown": unknown,
-            }
-        ]
-    )
-    print(
-        f"batch {batch.id}: {len(seen) - len(errors)} answers, {len(errors)} failed, {missing} missing, {unknown} unknown"
-        + (f"; the first error: {errors[0]}" if errors else "")
-    )
-    said = "; ".join(words(e.message) for e in (batch.errors.data if batch.errors else None) or [])
-    return (
-        [f"batch {batch.id} failed: {said or 'the server does not say why'}"]
-        if batch.status == "failed"
-        else []
-    )
+    note = {"key": f"fetched {shard.number}", "status": batch.status, "answers": answers}
+    note |= {"failed": len(errors), "missing": missing, "unknown": unknown}
+    batches.notes.append([note])
+    text = f"{answers} answers, {len(errors)} failed, {missing} missing, {unknown} unknown"
+    if errors:
+        text += f"; the first error: {errors[0]}"
+    print(f"batch {batch.id}: {text}")
 
 
-# ---------------- Fine-tuning jobs: OpenAI-style students
+def read_result(line: dict[str, Any], api: str, request: Request) -> list[teacher.JournalRow]:
+    """Return the journal's rows of a line of a result file.  Raises InvalidReplyError."""
+    response = line.get("response") or {}
+    if response.get("status_code") != 200:
+        error = line.get("error") or response.get("body") or response
+        raise InvalidReplyError(json.dumps(error))
+    rows = teacher.read_reply(response.get("body"), api, request)
+    rows[0] |= {"attempts": 1, "unanswered": 0}
+    return rows
 
 
-def job_file(family, pairs):
-    """-> the JSON lines of a fine-tuning job, byte for byte the published files: no newline at the end."""
-    if family == "openai":
-        return "\n".join(
-            json.dumps({"prompt": prompt, "completion": label}) for prompt, label in pairs
-        )
-    turns = [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": label}]
-        for prompt, label in pairs
-    ]
-    return "\n".join(json.dumps({"messages": messages}) for messages in turns)
+# ---------------- Fine-tuning jobs: students behind an API
 
 
-def fine_tune(args, data_file, note_path):
-    """Have a student fine-tuned on data_file; -> its name.  What exists already (file, job) is taken up again, not made again.
+def finetune_job_text(family: str, pairs: list[tuple[str, str]]) -> str:
+    """Return the JSON lines of a fine-tuning job, byte for byte as published: no last newline."""
+    lines = []
+    for prompt, label in pairs:
+        if family == "openai":
+            line = {"prompt": prompt, "completion": label}
+        else:
+            turns = [("user", prompt), ("assistant", label)]
+            line = {"messages": [{"role": role, "content": text} for role, text in turns]}
+        lines.append(json.dumps(line))
+    return "\n".join(lines)
 
-    Raises UserError where the job fails."""
-    made_from = {"base_model": args.student, "sha256": storage.file_sha256(data_file)}
-    note = storage.read_json(note_path) if note_path.exists() else {}
-    if note and any(note.get(k) != v for k, v in made_from.items()):
+
+def fine_tune(api: ApiConfig, base_model: str, data_file: Path, note_path: Path) -> str:
+    """Have a student fine-tuned on data_file; return its name.
+
+    The ids of file and job are kept in note_path: what exists is not made again.  Raises UserError
+    where the job fails.
+    """
+    made_from = {"base_model": base_model, "sha256": storage.file_sha256(data_file)}
+    note = storage.read_json(note_path) if note_path.exists() else made_from
+    if not made_from.items() <= note.items():
         storage.move_to_backup(note_path)
-        note = {}
-    note = note or made_from
+        note = made_from
     if not note.get("model"):
-        asyncio.run(run_job(args, data_file.read_bytes(), note_path, note))
+        session = ApiSession(api, note_path)
+        content = data_file.read_bytes()
+        asyncio.run(session.run(finish_job(session, base_model, content, note_path, note)))
+        session.raise_stop_reason()
     print(f"train: the student is {note['model']} ({note_path})")
     return note["model"]
 
 
-async def run_job(args, content, note_path, note):
-    """Upload, create the job, wait for its end; each id is in the note before the next step."""
-    async with Run(args, None, note_path) as run:
+async def finish_job(
+    session: ApiSession, base_model: str, content: bytes, note_path: Path, note: dict[str, Any]
+) -> None:
+    """Upload, create the job, wait for its end; each id is in the note before the next step.
 
-        def keep(**news):
-            note.update(news)
-            storage.write_json(note_path, note)
+    Raises UserError where the job is refused or fails.
+    """
 
-        try:
-            if "file" not in note:
-                keep(file=await upload(run, note_path.stem, content, "fine-tune"))
-            if "job" not in note:
-                job, _, _ = await attempt(
-                    run, lambda: find_or_create_job(run, args.student, note["file"])
-                )
-                keep(job=job.id)
-            while (
-                job := (
-                    await attempt(run, lambda: run.client.fine_tuning.jobs.retrieve(note["job"]))
-                )[0]
-            ).status not in JOB_ENDS:
-                if job.status != note.get("status"):
-                    keep(status=job.status)
-                    print(
-                        f"train: job {job.id}: {job.status}; Ctrl-C leaves it running, the same command looks again",
-                        flush=True,
-                    )
-                await run.nap(POLL)
-        except Failed as e:
-            raise UserError(f"no fine-tuning job for {args.student}: {e}") from None
-        except Stopped:
-            raise (
-                run.reason if isinstance(run.reason, KeyboardInterrupt) else UserError(run.reason)
-            ) from None
-        keep(
-            status=job.status,
-            **({"model": job.fine_tuned_model} if job.status == "succeeded" else {}),
-        )
-        if job.status != "succeeded":
-            note.pop("job")  # so that the next start makes another
-            keep()
-            raise UserError(
-                f"the fine-tuning job {job.id} {job.status}: {words(job.error.message) if job.error else 'no reason given'}"
-            )
+    def keep(**columns: str) -> None:
+        note.update(columns)
+        storage.write_json(note_path, note)
+
+    try:
+        if "file" not in note:
+            keep(file=await upload(session, note_path.stem, content, "fine-tune"))
+        if "job" not in note:
+            send = functools.partial(find_or_create_job, session, base_model, note["file"])
+            keep(job=(await call(session, send)).id)
+        job = await wait_for_job(session, note, keep)
+    except RequestError as e:
+        raise UserError(f"no fine-tuning job for {base_model}: {e}") from None
+    except RunStopped:
+        return
+    keep(status=job.status)
+    if job.status == "succeeded":
+        keep(model=job.fine_tuned_model)
+        return
+    note.pop("job")  # the next start makes another
+    keep()
+    reason = error_text(getattr(job.error, "message", "no reason given"))
+    raise UserError(f"the fine-tuning job {job.id} {job.status}: {reason}")
 
 
-async def find_or_create_job(run, model, file_id):
-    """A job is known by its uploaded file: where a reply got lost, the job that was created is found and no second one made."""
-    async for job in run.client.fine_tuning.jobs.list(limit=100):
+async def find_or_create_job(session: ApiSession, base_model: str, file_id: str) -> Any:
+    """Return the job of an uploaded file: where a reply got lost, it is found, not made again."""
+    jobs = session.client.fine_tuning.jobs
+    async for job in jobs.list(limit=100):
         if job.training_file == file_id and job.status not in ("failed", "cancelled"):
             return job
-    return await run.client.fine_tuning.jobs.create(
-        model=model, training_file=file_id, method={"type": "supervised"}
-    )
+    method = {"type": "supervised"}
+    return await jobs.create(model=base_model, training_file=file_id, method=method)
 
 
-def student(args, method):
-    """-> of a student behind an API: the file its job's ids are kept in, its completion file, and what that says it is."""
-    tuned = method.startswith("ft")
-    key, run_key = (
-        (flags.finetune_key(args, method), flags.train_key(args, method)) if tuned else (None, None)
-    )
-    who = {
-        "base_model": storage.model_key(args.student),
-        "completion_key": method,
-        "finetune_key": key,
-        "train_key": run_key,
-    }
-    note = (
-        Path(args.saved)
-        / "model_metadata"
-        / f"B_{who['base_model']}"
-        / f"F_{key}__T_{run_key}.json"
-    )
-    parts = [f"T_{run_key}" if tuned else f"S_{args.split}", *flags.samples_suffix(args)]
-    return (
-        note,
-        storage.completion_path(args.saved, who["base_model"], method, args.task, *parts),
-        who,
-    )
+async def wait_for_job(session: ApiSession, note: dict[str, Any], keep: Callable[..., None]) -> Any:
+    """Return the job of a note when it has ended."""
+    send = functools.partial(session.client.fine_tuning.jobs.retrieve, note["job"])
+    while (job := await call(session, send)).status not in FINAL_JOB_STATUSES:
+        if job.status != note.get("status"):
+            keep(status=job.status)
+            hint = "Ctrl-C leaves it running, the same command looks again"
+            print(f"train: job {job.id}: {job.status}; {hint}", flush=True)
+        await session.sleep_or_stop(POLL_SECONDS)
+    return job
 
 
-def test(args, template, note_path, path, who):
-    """Write the completion file of a student behind an API, on the test questions; -> its score."""
-    model = args.student
-    if template.startswith("ft"):
-        model = storage.read_json(note_path).get("model") if note_path.exists() else None
-        if not model:
-            raise UserError(
-                f"there is no finished fine-tuning job in {note_path}: run --stage train"
-            )
-    family = API_FAMILIES[args.label_style]
-    _, indices = tasks.load_split(args.task, args.split, args.data)
-    samples = tasks.load(args.task, args.data)
-    samples = [samples[i] for i in indices]
-    examples = evaluate.few_shot_prompt(args.task, args.data) if template == "fs_cot" else ""
-    plan = Plan(
-        model,
-        "chat" if family == "chat" else "completions",
-        template,
-        family,
-        args.max_new_tokens,
-        args.eval_temperature if args.eval_samples > 1 else 0.0,
-        args.eval_samples,
-        args.eval_samples,
-        examples=examples,
-    )
-    metadata = {
-        "dataset_key": args.task,
-        **who,
-        "epoch": None,
-        "prediction_template": template,
-        "split": args.split,
-        "part": "test",
-    }
-    fill(args, plan, path, with_settings(metadata, plan, samples), samples)
-    return evaluate.score(path, "test", args.split, args.data)
+def fine_tuned_model(note_path: Path) -> str:
+    """Return the name of a student whose job has finished.  Raises UserError where it has not."""
+    note = storage.read_json(note_path) if note_path.exists() else {}
+    if not note.get("model"):
+        raise UserError(f"there is no finished fine-tuning job in {note_path}: run --stage train")
+    return note["model"]

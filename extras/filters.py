@@ -1,108 +1,142 @@
-"""Curation beyond the paper's rule, which keeps the rationales whose answer is right: all of it is off by default.
+"""Curation beyond the paper's rule, which keeps the rationales whose answer is right.
 
-Each flag drops some rationales and says how many.  A new filter is one line in REASONS, and its flag.
+All of it is off by default.  Each flag drops some rationales and says how many.  A new filter is a
+function in FILTERS, a field of FilterConfig and a flag.
 """
+
+from __future__ import annotations
 
 import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import tasks
 import storage
+import tasks
 from storage import UserError
 
+Row = dict[str, Any]  # a completion
 
-def rationale_of(row):
-    """The reasoning of a completion: step 1 of Zero-shot-CoT, or what stands before the sentence that states the answer."""
-    if "reasoning_completion" in row:
-        return row["reasoning_completion"] or ""
-    return row["completion"].rpartition(tasks.PREFIXES["fs_cot"])[0]
+
+class FilterConfig(NamedTuple):
+    """Which rationales a student learns from; the defaults are the paper's."""
+
+    filter: str = "right"  # of right, wrong, all; random: as many as are right, of all
+    max_rationale_words: int = 0  # 0: no limit
+    max_per_question: int = 0  # 0: no limit
+    max_similarity: float = 1.0  # share of word trigrams that two of a question may have in common
+    drop_unfinished: bool = False  # those that the teacher's token limit cut off
+    drop_duplicates: bool = False  # within a question
+    seed: int = 0  # of filter "random"
 
 
 # ---------------- Which rationales: the right ones, or, for studies, others
 
 
-def answer_text(prediction):
-    """A number that was read by value as it would be written: 43.0 -> '43'."""
-    return (
-        str(int(prediction))
-        if isinstance(prediction, float) and prediction.is_integer()
-        else str(prediction)
-    )
+def with_own_answer(row: Row, verdict: tasks.Verdict) -> Row:
+    """Return the row with the answer that its rationale gives, so that label and rationale agree.
+
+    A number is written as people do: 43.0 -> "43".
+    """
+    if verdict.correct:
+        return row
+    answer = verdict.prediction
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return row | {"answer": str(answer)}
 
 
-def choose(args, judged):
-    """-> rows by --filter, of [(row, Verdict)].  What is wrong keeps its teacher's answer, so that label and rationale agree; what has
-    no readable answer cannot be a sample."""
-    right = [row for row, verdict in judged if verdict.correct]
-    if args.filter == "right":
+def select_rationales(config: FilterConfig, graded: list[tuple[Row, tasks.Verdict]]) -> list[Row]:
+    """Return the rows that config.filter names.
+
+    Wrong ones keep their teacher's answer; one without a readable answer cannot be a sample.
+    """
+    right = [row for row, verdict in graded if verdict.correct]
+    if config.filter == "right":
         return right
-    readable = [
-        (
-            row if verdict.correct else row | {"answer": answer_text(verdict.prediction)},
-            verdict.correct,
-        )
-        for row, verdict in judged
-        if verdict.prediction not in (None, "")
-    ]
-    wrong = [row for row, correct in readable if not correct]
+    readable = [pair for pair in graded if pair[1].prediction not in (None, "")]
+    wrong = [pair for pair in readable if not pair[1].correct]
     print(
-        f"curate: --filter {args.filter}: {len(right)} of {len(judged)} rationales are right, {len(wrong)} wrong, "
-        f"{len(judged) - len(readable)} have no readable answer"
+        f"curate: --filter {config.filter}: {len(right)} of {len(graded)} rationales are right, "
+        f"{len(wrong)} wrong, {len(graded) - len(readable)} have no readable answer"
     )
-    if args.filter == "random":
-        readable = [
-            readable[i]
-            for i in sorted(random.Random(args.data_seed).sample(range(len(readable)), len(right)))
-        ]
-    return wrong if args.filter == "wrong" else [row for row, _ in readable]
+    selected = readable
+    if config.filter == "wrong":
+        selected = wrong
+    elif config.filter == "random":
+        drawn = random.Random(config.seed).sample(range(len(readable)), len(right))
+        selected = [readable[i] for i in sorted(drawn)]
+    return [with_own_answer(*pair) for pair in selected]
 
 
-# ---------------- Which of those to leave out
+# ---------------- Which of those to drop
 
 
-def triples(text):
+def word_trigrams(text: str) -> set:
     """'a b c d' -> {('a', 'b', 'c'), ('b', 'c', 'd')}; of fewer than three words the words."""
     words = text.lower().split()
-    return {*zip(words, words[1:], words[2:])} or {*words}
+    return {*zip(words, words[1:], words[2:], strict=False)} or {*words}
 
 
-def similarity(a, b):
-    """Of all word triples of two texts the share that both have (Jaccard)."""
-    a = triples(a)
-    b = triples(b)
-    return len(a & b) / max(1, len(a | b))
+def similarity(a: str, b: str) -> float:
+    """Return the share of all word trigrams of two texts that both have (Jaccard)."""
+    trigrams_a = word_trigrams(a)
+    trigrams_b = word_trigrams(b)
+    return len(trigrams_a & trigrams_b) / max(1, len(trigrams_a | trigrams_b))
 
 
-def is_unfinished(row):
-    return (row.get("reasoning_finish_reason") or row.get("finish_reason")) == "length"
+def is_unfinished(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
+    """Tell whether the teacher's token limit cut the rationale off."""
+    reason = row.get("reasoning_finish_reason") or row.get("finish_reason")
+    return config.drop_unfinished and reason == "length"
 
 
-REASONS = {  # why a rationale is left out: (flags, row, its text, the texts kept of its question so far) -> whether
-    "unfinished": lambda args, row, text, kept: args.drop_unfinished and is_unfinished(row),
-    "too long": lambda args, row, text, kept: 0 < args.max_rationale_words < len(text.split()),
-    "a duplicate": lambda args, row, text, kept: args.drop_duplicates and text in kept,
-    "similar to another": lambda args, row, text, kept: (
-        args.max_similarity < 1
-        and any(similarity(text, other) > args.max_similarity for other in kept)
-    ),
-    "one too many of its question": lambda args, row, text, kept: (
-        0 < args.max_per_question <= len(kept)
-    ),
+def is_too_long(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
+    """Tell whether the rationale has more than --max_rationale_words."""
+    return 0 < config.max_rationale_words < len(text.split())
+
+
+def is_duplicate(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
+    """Tell whether the question has the same rationale already."""
+    return config.drop_duplicates and text in kept
+
+
+def is_similar(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
+    """Tell whether the rationale is too similar to an earlier one of its question."""
+    limit = config.max_similarity
+    return limit < 1 and any(similarity(text, other) > limit for other in kept)
+
+
+def is_surplus(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
+    """Tell whether the question has --max_per_question rationales already."""
+    return 0 < config.max_per_question <= len(kept)
+
+
+Filter = Callable[[FilterConfig, Row, str, list[str]], bool]  # kept: texts of the question so far
+FILTERS: dict[str, Filter] = {  # reason to drop a rationale, in the order of asking
+    "unfinished": is_unfinished,
+    "too long": is_too_long,
+    "a duplicate": is_duplicate,
+    "similar to another": is_similar,
+    "one too many of its question": is_surplus,
 }
 
 
-def leave_out(args, rows):
-    """-> the rows for which none of REASONS holds; says how many each dropped."""
+def apply_filters(config: FilterConfig, rows: list[Row]) -> list[Row]:
+    """Return the rows for which no filter gives a reason; print how many each dropped.
+
+    Raises UserError where none is left.
+    """
     kept_rows = []
-    texts = defaultdict(list)
+    kept_texts = defaultdict(list)  # {sample_index: texts}
     dropped = Counter()
     for row in rows:
-        text = rationale_of(row).strip()
-        kept = texts[row["sample_index"]]
-        reason = next(
-            (reason for reason, holds in REASONS.items() if holds(args, row, text, kept)), None
-        )
+        text = tasks.rationale_of(row).strip()
+        kept = kept_texts[row["sample_index"]]
+        reasons = (reason for reason, drops in FILTERS.items() if drops(config, row, text, kept))
+        reason = next(reasons, None)
         if reason:
             dropped[reason] += 1
         else:
@@ -111,26 +145,24 @@ def leave_out(args, rows):
     for reason, count in dropped.items():
         print(f"curate: dropped {count} of {len(rows)} rationales: {reason}")
     if rows and not kept_rows:
+        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UserError(
-            f"none of {len(rows)} rationales is left ({', '.join(f'{n} {reason}' for reason, n in dropped.items())}): "
-            "loosen the flags of curation"
+            f"none of {len(rows)} rationales is left ({counts}): loosen the flags of curation"
         )
     return kept_rows
 
 
-# ---------------- For a human eye
+# ---------------- To be read
 
 
-def show(path, count):
+def show_samples(path: Path, count: int) -> None:
     """Print `count` samples of a fine-tuning file, evenly spaced, as the student reads them."""
     if path.suffix == ".jsonl":
         samples = [json.dumps(row, indent=2) for row in storage.read_jsonl(path)]
     else:
-        data = storage.read_finetune_data(path)
-        samples = [
-            f"sample {i}\n  input: {text!r}\n  label: {label!r}"
-            for i, text, label in zip(*data.values())
-        ]
+        columns = storage.read_finetune_data(path).values()
+        text = "sample {}\n  input: {!r}\n  label: {!r}"
+        samples = [text.format(*sample) for sample in zip(*columns, strict=True)]
     count = min(count, len(samples))
     for i in range(count):
         print(f"\n{samples[i * len(samples) // count]}")

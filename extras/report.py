@@ -1,404 +1,479 @@
-"""What runs left in saved/, to look at: tables beside the paper's values, majority votes, paired comparisons, single completions.
+"""Tables beside the paper's values, majority votes, paired comparisons, single completions.
 
-python evaluate.py score FILE ... | table [--format markdown] | show FILE | diff FILE FILE        (figures: extras/plot.py)
+python evaluate.py table [--format markdown]     # methods x tasks, from everything in saved/
+python evaluate.py show FILE                     # wrong, right and unreadable completions
+python evaluate.py diff FILE FILE                # where two runs differ, and McNemar's test
 """
 
-import csv
+from __future__ import annotations
+
+import argparse
 import json
 import math
+import operator
 import re
 import statistics
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import evaluate
 import tasks
+from completions import read_completions
+from extras import paper
 from storage import UserError
-
-
-def print_scores(scores):
-    """One aligned line per file."""
-    print(
-        "accuracy  95% interval      paper flexible contains  format complete no answer      n  file"
-    )
-    for s in scores:
-        interval = f"[{s['low']:.2f}, {s['high']:.2f}]"
-        measures = " ".join(
-            f"{s[k]:8.2f}"
-            for k in ("paper", "flexible", "contains_answer", "correct_format", "complete")
-        )
-        print(
-            f"{s['accuracy']:8.2f}  {interval:<14} {measures[1:]} {s['no_answer']:9d} {s['n']:6d}  {s['file']} ({s['part']})"
-        )
-        if "votes" in s:
-            print(f"{'':10}{describe(s['votes'])}")
-
-
-def score_with_votes(path, **what):
-    """evaluate.score, with "votes" where questions were answered several times."""
-    s, judged = evaluate.score_rows(path, *evaluate.read_completions(path), **what)
-    several = s["n"] >= 2 * s["questions"] and votes(judged, s["rules"])
-    return s | ({"votes": several} if several else {})
-
-
-def score(args):
-    """One line, or one JSON object, for each completion file."""
-    what = {
-        "part": args.part,
-        "split": args.split,
-        "data_dir": args.data,
-        "rules": args.rules,
-        "allow_partial": args.allow_partial,
-    }
-    scores = [score_with_votes(path, **what) for path in args.files]
-    if not args.json:
-        return print_scores(scores)
-    for s in scores:
-        print(json.dumps(s))
-
 
 # ---------------- Several answers to a question: majority vote (self-consistency) and pass@k
 
-
-def majority(outcomes):
-    """-> whether the answer given most often is right, of [(prediction, right)]; what cannot be read has no vote, and of equally
-    frequent answers the one given first wins."""
-    cast = [(prediction, right) for prediction, right in outcomes if prediction not in (None, "")]
-    return (
-        bool(cast)
-        and dict(cast)[Counter(prediction for prediction, _ in cast).most_common(1)[0][0]]
-    )
+Record = dict[str, Any]  # a JSON object
+Graded = list[tuple]  # what evaluate.grade_rows gives: (row, outcome, {rules: Verdict})
+Answers = list[tuple[object, bool]]  # of one question: (prediction, is right)
 
 
-def pass_at_k(n, correct, k):
-    """The chance that k of n answers, drawn without putting back, hold one of the `correct` right ones: 1 - C(n-c, k) / C(n, k)."""
+def majority(answers: Answers) -> bool:
+    """Tell whether the most frequent answer is right.
+
+    Unreadable answers have no vote; of equally frequent ones the first wins:
+    [("7", True), ("8", False)] -> True.
+    """
+    cast = [answer for answer in answers if answer[0] not in (None, "")]
+    if not cast:
+        return False
+    [(winner, _)] = Counter(prediction for prediction, _ in cast).most_common(1)
+    return dict(cast)[winner]
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Return the probability that k of n answers, drawn without replacement, hold a right one.
+
+    1 - C(n - correct, k) / C(n, k), the unbiased estimate of Chen et al. (2021).
+    """
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def by_question(judged, rules):
-    """-> {sample_index: [(prediction, right), ...] in order of completion}, of what evaluate.grade_rows gives"""
-    questions = {}
-    for row, outcome, verdicts in judged:
-        questions.setdefault(row["sample_index"], []).append(
-            (verdicts[rules].prediction, outcome == "right")
-        )
-    return questions
+def answers_by_question(graded: Graded, rules: str) -> dict[int, Answers]:
+    """Return the answers to each sample_index, in order of completion."""
+    questions = defaultdict(list)
+    for row, outcome, verdicts in graded:
+        answer = (verdicts[rules].prediction, outcome == "right")
+        questions[row["sample_index"]].append(answer)
+    return dict(questions)
 
 
-def votes(judged, rules):
-    """-> {"k", "questions", "maj", "maj_low", "maj_high", "pass": {k: %}} of judged completions, k the answers that every question
-    has at least; None where some question has one."""
-    questions = list(by_question(judged, rules).values())
-    k = min(map(len, questions))
+def mean_pass_at_k(questions: list[Answers], k: int) -> float:
+    """Return pass@k over questions, in %."""
+    total = 0.0
+    for answers in questions:
+        correct = sum(is_right for _, is_right in answers)
+        total += pass_at_k(len(answers), correct, k)
+    return round(100 * (total / len(questions)), 2)
+
+
+def votes(graded: Graded, rules: str) -> Record | None:
+    """Count majority and pass@k of graded completions; None where a question has one answer.
+
+    k: answers that every question has at least; maj: % of the questions whose majority is right,
+    maj_low and maj_high: its 95% interval; pass: {size: % of draws of so many with a right one}.
+    """
+    questions = list(answers_by_question(graded, rules).values())
     n = len(questions)
+    k = min(map(len, questions))
     if k < 2:
         return None
-    agreed = sum(majority(many[:k]) for many in questions)
-    low, high = evaluate.wilson(agreed, n)
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < k] + [k]
-    passed = {
-        size: sum(pass_at_k(len(many), sum(right for _, right in many), size) for many in questions)
-        / n
-        for size in sizes
-    }
+    agreed = sum(majority(answers[:k]) for answers in questions)
+    low, high = evaluate.wilson_interval(agreed, n)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < k]
     return {
         "k": k,
         "questions": n,
         "maj": round(100 * agreed / n, 2),
         "maj_low": round(low, 2),
         "maj_high": round(high, 2),
-        "pass": {size: round(100 * share, 2) for size, share in passed.items()},
+        "pass": {size: mean_pass_at_k(questions, size) for size in [*sizes, k]},
     }
 
 
-def describe(v):
-    return (
-        f"maj@{v['k']} {v['maj']:.2f}% [{v['maj_low']:.1f}, {v['maj_high']:.1f}] of {v['questions']} questions; "
-        + ", ".join(f"pass@{k} {share:.2f}%" for k, share in v["pass"].items())
-    )
+def score_with_votes(
+    path: Path, part: str, split: str, data_dir: str, rules: str, allow_partial: bool
+) -> evaluate.Score:
+    """Return evaluate.score of a file, with "votes" where every question has several answers."""
+    file = read_completions(path)
+    score, graded = evaluate.score_rows(path, *file, part, split, data_dir, rules, allow_partial)
+    counted = votes(graded, rules)
+    if counted is None:
+        return score
+    return score | {"votes": counted}
 
 
-def describe_votes(s, data_dir):
-    """-> what votes says of a scored file, in one line."""
-    return describe(
-        score_with_votes(
-            s["file"],
-            part=s["part"],
-            split=s["split"],
-            data_dir=data_dir,
-            rules=s["rules"],
-            allow_partial=False,
-        )["votes"]
-    )
+def describe_votes(score: evaluate.Score, data_dir: str = "data") -> str:
+    """Write the votes of a score as one line; count them first where it has none."""
+    if "votes" not in score:
+        file, part, split, rules = (score[name] for name in ("file", "part", "split", "rules"))
+        score = score_with_votes(file, part, split, data_dir, rules, allow_partial=False)
+    counted = score["votes"]
+    passed = ", ".join(f"pass@{k} {share:.2f}%" for k, share in counted["pass"].items())
+    text = "maj@{k} {maj:.2f}% [{maj_low:.1f}, {maj_high:.1f}] of {questions} questions; "
+    return text.format(**counted) + passed
 
 
 # ---------------- Two runs on the same questions
 
 
-def mcnemar(first, second):
-    """-> p of the exact McNemar test: how likely a split of the questions on which one of two runs alone is right is, at least as
-    uneven as first : second, where both runs are equally good (two-sided binomial test with 1/2)."""
+def mcnemar(first: int, second: int) -> float:
+    """Return p of the exact McNemar test (two-sided binomial test with 1/2).
+
+    first, second: questions on which one of the two runs alone is right.  p is the probability of
+    a split at least as uneven where both runs are equally good: mcnemar(1, 5) == 14 / 64.
+    """
     n = first + second
-    less = min(first, second)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(less + 1)) / 2**n)
+    tail = sum(math.comb(n, i) for i in range(min(first, second) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
-def diff(args):
-    """Print the completions on which one file is right and the other is not, how many there are of each, and, over questions (by
-    majority where they have several answers), the exact McNemar test."""
-    files = [
-        evaluate.grade_rows(*evaluate.read_completions(path), args.rules)
-        for path in (args.a, args.b)
-    ]
-    a, b = (
-        {
-            (row["sample_index"], row["completion_index"]): (row, outcome == "right", verdicts)
-            for row, outcome, verdicts in judged
-        }
-        for judged in files
-    )
-    both = sorted(a.keys() & b.keys())
-    if not both or any(
-        a[key][0][k].strip() != b[key][0][k].strip() for key in both for k in ("question", "answer")
-    ):
+PLACE = operator.itemgetter("sample_index", "completion_index")
+
+
+def pair_completions(first: Graded, second: Graded) -> list[tuple[tuple, tuple]]:
+    """Pair graded completions by PLACE; [] where a question or gold answer of two differs."""
+    others = {PLACE(row): (row, *grades) for row, *grades in second}
+    pairs = [(one, others[PLACE(one[0])]) for one in first if PLACE(one[0]) in others]
+    for (row, *_), (other, *_) in pairs:
+        if any(row[name].strip() != other[name].strip() for name in ("question", "answer")):
+            return []
+    return pairs
+
+
+def count_right(pairs: list[tuple[bool, bool]]) -> tuple[int, int, int, int]:
+    """Count the pairs that are right in both, in the first alone, the second alone, in neither."""
+    counts = Counter(pairs)
+    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+
+
+def print_mcnemar(a: Graded, b: Graded, rules: str) -> None:
+    """Print the test over questions, by majority where they have several answers."""
+    first = answers_by_question(a, rules)
+    second = answers_by_question(b, rules)
+    pairs = [(majority(first[i]), majority(second[i])) for i in first if i in second]
+    n = len(pairs)
+    both, only_first, only_second, _ = count_right(pairs)
+    shares = (100 * (both + only_first) / n, 100 * (both + only_second) / n)
+    p = mcnemar(only_first, only_second)
+    text = "{} questions: {:.2f}% and {:.2f}% right; exact McNemar test: {} against {}, p = {:.3g}"
+    print(text.format(n, *shares, only_first, only_second, p))
+
+
+def diff(*, a: str, b: str, rules: str, limit: int) -> None:
+    """Print the completions on which one file is right and the other is not, counts and a test.
+
+    Raises UserError where the files share no completion or differ in a question or gold answer.
+    """
+    first = evaluate.grade_rows(*read_completions(a), rules)
+    second = evaluate.grade_rows(*read_completions(b), rules)
+    pairs = pair_completions(first, second)
+    if not pairs:
         raise UserError(
-            f"{args.a} and {args.b} hold no completions of the same questions and gold answers: compare two files of one task"
+            f"{a} and {b} hold no completions of the same questions and gold answers: "
+            "compare two files of one task"
         )
-    unlike = [key for key in both if a[key][1] != b[key][1]]
-    for key in unlike[: args.limit]:
-        for path, (row, right, verdicts) in ((args.a, a[key]), (args.b, b[key])):
-            print_completion(f"{'right' if right else 'wrong'} in {path}", row, verdicts)
-    if len(unlike) > args.limit:
-        print(f"\n... and {len(unlike) - args.limit} more (--limit)")
-
-    def counts(pairs):
-        return [
-            pairs.count(pair)
-            for pair in ((True, True), (True, False), (False, True), (False, False))
-        ]
-
-    print(
-        "\n{} completions in both files: {} right in both, {} in the first alone, {} in the second alone, {} in neither".format(
-            len(both), *counts([(a[key][1], b[key][1]) for key in both])
-        )
+    right = [(one[1] == "right", other[1] == "right") for one, other in pairs]
+    unlike = [pair for pair, (one, other) in zip(pairs, right, strict=True) if one != other]
+    for pair in unlike[:limit]:
+        for path, (row, outcome, verdicts) in zip((a, b), pair, strict=True):
+            title = outcome.replace("unreadable", "wrong")
+            evaluate.print_completion(f"{title} in {path}", row, verdicts)
+    if len(unlike) > limit:
+        print(f"\n... and {len(unlike) - limit} more (--limit)")
+    text = (
+        "\n{} completions in both files: {} right in both, {} in the first alone, "
+        "{} in the second alone, {} in neither"
     )
-    qa, qb = (by_question(judged, args.rules) for judged in files)
-    pairs = [(majority(qa[i]), majority(qb[i])) for i in sorted(qa.keys() & qb.keys())]
-    _, first, second, _ = counts(pairs)
-    shares = [100 * sum(column) / len(pairs) for column in zip(*pairs)]
-    print(
-        f"{len(pairs)} questions: {shares[0]:.2f}% and {shares[1]:.2f}% right; exact McNemar test: {first} against {second}, "
-        f"p = {mcnemar(first, second):.3g}"
-    )
+    print(text.format(len(pairs), *count_right(right)))
+    print_mcnemar(first, second, rules)
 
 
-# ---------------- The table: methods x tasks, from what lies in saved/
+# ---------------- The runs in saved/, each known by what made it
 
 
-def read_paper_results():
-    """-> {(model, method, task): the accuracy that the paper prints}"""
-    with open(Path(__file__).parent.parent / "data" / "paper_results.csv", newline="") as f:
-        return {
-            (r["model"], r["method"], r["dataset"]): float(r["accuracy"])
-            for r in reversed(list(csv.DictReader(f)))
-            if r["kind"] == "printed" and not r["train_size"]
-        }
+class RunKey(NamedTuple):
+    """What a table's row is: all that is known of a run but its task and the number of its epoch.
+
+    Runs that differ in one field are two rows; the text of a row is made when it is printed.
+    """
+
+    model: str
+    method: str
+    train_key: str | None  # None: prompted, not fine-tuned
+    part: str  # what is scored: "test" of students, "all" of teachers, as in the paper
+    split: str
+    samples: int = 1  # answers of a student to a question
+    temperature: str = "0"  # of these, as recorded
+    seed: str = "0"
+    epoch: str = ""  # how it was chosen
+    vote: str = ""  # "maj@4", "pass@4": of several answers to a question
+    seeds: tuple[str, ...] = ()  # of a row that is the mean over them
 
 
-def paper_model(name):
-    """google/flan-t5-base, google_flan-t5-base, google-t5_t5-base -> the name in paper_results.csv: flan_t5_base, t5_base"""
-    name = re.sub(r"^(google|google-t5|openai-community)[_/]", "", name or "")
-    return name if name.startswith("text-davinci") else name.replace("-", "_")
+class ScoredFile(NamedTuple):
+    """A completion file: what run it is of, and how good."""
+
+    key: RunKey
+    score: evaluate.Score
+    made_with: str  # the recorded settings but the seed and the epoch, as JSON
+    validation: float | None  # accuracy on the validation share, %
+    votes: Record | None
 
 
-def paper_value(results, s):
-    """-> the published accuracy of the same model, method and task, or None."""
-    key = s["train_key"] or ""
-    model = paper_model(s["model"])
-    method = s["method"]
-    if (
-        s["split"] != "default"
-        or not re.fullmatch(r"((ft|ft_cot)(_\d+aug)?)?", key)
-        or s.get("measure")
-    ):
-        return None  # another split, template, learning rate, seed, a vote: not the paper's cell
-    if "aug" in key and key != f"ft_cot_{64 if s['task'] in ('multiarith', 'svamp') else 8}aug":
-        return None  # the paper's tables have D = 64 for these two, 8 elsewhere
-    is_teacher = model.startswith("text-davinci")
-    names = {
-        "zs": "zero_shot",
-        "zs_cot": "teacher_zero_shot_cot" if is_teacher else "zero_shot_cot",
-        "fs_cot": "few_shot_cot",
-        "ft": "fine_tune",
-        "ft_cot": "fine_tune_cot_diverse" if "aug" in key else "fine_tune_cot",
-    }
-    return results.get((model, names.get(method, method), s["task"]))
+class Cell(NamedTuple):
+    """An accuracy in %, with its 95% interval or its standard deviation over seeds."""
+
+    accuracy: float
+    low: float = 0.0
+    high: float = 0.0
+    spread: float = 0.0
 
 
-def score_run(path, data_dir, rules, allow_partial):
-    """-> (score of a file, its row's name).  Teachers are scored on all samples and all repeats, as in the paper, students on the
-    test part; "validation": on the share that was set aside, if there is one; "votes": where questions have several answers."""
-    metadata, rows = evaluate.read_completions(path)
-    is_student = (
-        metadata.get("train_key") or metadata.get("finetune_key") or metadata.get("part") == "test"
-    )
-    where = metadata.get("split") or "default", data_dir, rules, allow_partial
-    s, judged = evaluate.score_rows(path, metadata, rows, "test" if is_student else "all", *where)
-    label = s["train_key"] or s["method"] or "?"
+Runs = dict[tuple[RunKey, str], list[ScoredFile]]  # {(run, task): its epochs in order}
+Table = dict[RunKey, dict[str, Cell]]  # {row: {task: cell}}
+
+
+def run_key(path: Path, metadata: Record, settings: Record) -> RunKey:
+    """Return what a completion file is of; of an untrained toy student the name has the seed.
+
+    D_toy__S_default_s1.json -> seed 1
+    """
+    model, method = (metadata.get(name) or "?" for name in ("base_model", "completion_key"))
+    split = metadata.get("split") or "default"
+    train_key = metadata.get("train_key")
+    if not (train_key or metadata.get("finetune_key") or metadata.get("part") == "test"):
+        return RunKey(model, method, train_key, "all", split)
+    seed = settings.get("seed") or 0
+    in_name = re.search(r"__S_.*_s(\d+)(?:__K_|$)", path.stem)
+    if in_name:
+        seed = in_name[1]
+    temperature = (metadata.get("settings") or {}).get("temperature") or 0
+    key = RunKey(model, method, train_key, "test", split)
+    return key._replace(temperature=str(temperature), seed=str(seed))
+
+
+def score_file(path: Path, data_dir: str, rules: str, allow_partial: bool) -> ScoredFile:
+    """Score a file on the part that its run is judged by, and on its validation share.
+
+    Raises UserError where it cannot be read or lacks samples of the part.
+    """
+    file = read_completions(path)
+    metadata = file[0]
+    settings = (metadata.get("run") or {}) | (metadata.get("settings") or {})
+    key = run_key(path, metadata, settings)
+    how = (key.split, data_dir, rules, allow_partial)
+    score, graded = evaluate.score_rows(path, *file, key.part, *how)
+    validation = None
     if metadata.get("validation"):
-        s["validation"] = evaluate.score_rows(path, metadata, rows, "validation", *where)[0][
-            "accuracy"
-        ]
-    if s["n"] >= 2 * s["questions"] and (v := votes(judged, rules)):
-        s["votes"] = v
-        label += f", {v['k']} samples a question" if is_student else ""
-    return s, label if is_student else f"{label}, all questions"
+        validation = evaluate.score_rows(path, *file, "validation", *how)[0]["accuracy"]
+    counted = votes(graded, rules)
+    if counted and key.part == "test":
+        key = key._replace(samples=counted["k"])
+    for name in ("seed", "epoch", "model"):  # "model" is a hash of the seed, too
+        settings.pop(name, None)
+    return ScoredFile(key, score, json.dumps(settings, sort_keys=True), validation, counted)
 
 
-def chosen_epochs(epochs):
-    """-> {what the row's name ends with: the score of one of a run's epochs}.  Each row says how its epoch was chosen: the last; the
-    best on the test set, as is the paper's protocol; the one that is best on the validation share."""
-    epochs = sorted(epochs, key=lambda s: s["epoch"] or 0)
-    rows = {"" if epochs[-1]["epoch"] is None else ", last epoch": epochs[-1]}
-    if len(epochs) > 1:
-        rows[", best test epoch (the paper's protocol)"] = max(epochs, key=lambda s: s["accuracy"])
-    if all("validation" in s for s in epochs):
-        rows[", epoch chosen on validation"] = max(epochs, key=lambda s: s["validation"])
-    return rows
-
-
-def vote_rows(s):
-    """-> {what the row's name ends with: score}: of several answers a question the mean, the majority's and pass@k."""
-    if not (v := s.get("votes")):
-        return {"": s}
-    low, high = evaluate.wilson(v["pass"][v["k"]] / 100 * v["questions"], v["questions"])
-    return {
-        "": s,
-        f", maj@{v['k']}": s
-        | {"accuracy": v["maj"], "low": v["maj_low"], "high": v["maj_high"], "measure": "maj"},
-        f", pass@{v['k']}": s
-        | {"accuracy": v["pass"][v["k"]], "low": low, "high": high, "measure": "pass"},
-    }
-
-
-def scored_runs(paths, data_dir, rules="paper", allow_partial=False):
-    """-> ({(model, label, task): [score of each epoch]} of completion files, the sentences about those that could not be scored)."""
-    runs = {}
+def scored_runs(
+    paths: Iterable[Path], data_dir: str, rules: str = "paper", allow_partial: bool = False
+) -> tuple[Runs, list[str]]:
+    """Score completion files; return their runs, and a sentence for each file without a score."""
+    runs = defaultdict(list)
     skipped = []
     for path in paths:
         try:
-            s, label = score_run(path, data_dir, rules, allow_partial)
-        except UserError as e:
-            skipped.append(str(e))
-            continue
-        runs.setdefault((s["model"] or "?", label, s["task"]), []).append(s)
-    return runs, skipped
+            scored = score_file(path, data_dir, rules, allow_partial)
+        except UserError as error:
+            skipped.append(str(error))
+        else:
+            runs[scored.key, scored.score["task"]].append(scored)
+    for epochs in runs.values():
+        epochs.sort(key=lambda scored: scored.score["epoch"] or 0)
+    return dict(runs), skipped
 
 
-def collect(paths, data_dir, rules="paper", allow_partial=False):
-    """-> ({(model, row): {task: score}}, the sentences about files that could not be scored): the table, one score a cell."""
+def saved_files(saved: str) -> list[Path]:
+    """Return every completion file in the folder `saved`."""
+    return sorted(Path(saved, "completion_data").glob("B_*/*.json"))
+
+
+# ---------------- The table: methods x tasks
+
+
+def chosen_epochs(epochs: list[ScoredFile]) -> dict[str, ScoredFile]:
+    """Return {how it was chosen: epoch}: the last, the best on test, the best on validation."""
+    last = epochs[-1]
+    name = "last epoch"
+    if last.score["epoch"] is None:
+        name = ""
+    chosen = {name: last}
+    if len(epochs) > 1:
+        best = max(epochs, key=lambda scored: scored.score["accuracy"])
+        chosen["best test epoch (the paper's protocol)"] = best
+    if all(scored.validation is not None for scored in epochs):
+        chosen["epoch chosen on validation"] = max(epochs, key=lambda scored: scored.validation)
+    return chosen
+
+
+def row_cells(key: RunKey, scored: ScoredFile) -> Iterator[tuple[RunKey, Cell]]:
+    """Yield the rows of one file: its accuracy and, of several answers, majority and pass@k."""
+    score = scored.score
+    yield key, Cell(score["accuracy"], score["low"], score["high"])
+    counted = scored.votes
+    if counted:
+        k = counted["k"]
+        agreed = Cell(counted["maj"], counted["maj_low"], counted["maj_high"])
+        yield key._replace(vote=f"maj@{k}"), agreed
+        n = counted["questions"]
+        passed = counted["pass"][k]
+        interval = evaluate.wilson_interval(passed / 100 * n, n)
+        yield key._replace(vote=f"pass@{k}"), Cell(passed, *interval)
+
+
+def without_seed(key: RunKey) -> RunKey:
+    """ft_cot_s1 of seed 1 -> ft_cot: what runs with other seeds have in common."""
+    train_key = key.train_key
+    if train_key:
+        train_key = train_key.removesuffix(f"_s{key.seed}")
+    return key._replace(train_key=train_key, seed="0")
+
+
+def collect(
+    paths: Iterable[Path], data_dir: str, rules: str = "paper", allow_partial: bool = False
+) -> tuple[Table, list[str]]:
+    """Score completion files into a table; return it, and a sentence for each file left out.
+
+    Rows whose keys and recorded settings differ in nothing but the seed have a mean beside them.
+    """
     runs, skipped = scored_runs(paths, data_dir, rules, allow_partial)
-    table = {}
-    for (model, label, task), epochs in runs.items():
-        for choice, one in chosen_epochs(epochs).items():
-            for vote, s in vote_rows(one).items():
-                table.setdefault((model, label + choice + vote), {})[task] = s
-    return table | over_seeds(table), skipped
+    table = defaultdict(dict)
+    groups = defaultdict(dict)  # {(key without seed, task, settings): {seed: accuracy}}
+    for (key, task), epochs in runs.items():
+        for choice, scored in chosen_epochs(epochs).items():
+            for row, cell in row_cells(key._replace(epoch=choice), scored):
+                table[row][task] = cell
+                groups[without_seed(row), task, scored.made_with][row.seed] = cell.accuracy
+    for (key, task, _), by_seed in groups.items():
+        if len(by_seed) > 1:
+            row = key._replace(seeds=tuple(sorted(by_seed)))
+            accuracies = by_seed.values()
+            spread = statistics.stdev(accuracies)
+            table[row][task] = Cell(statistics.mean(accuracies), spread=spread)
+    return dict(table), skipped
 
 
-def over_seeds(table):
-    """-> {(model, row): {task: score}} of the rows that differ in nothing but the seed: their mean and standard deviation."""
-    groups = {}
-    means = {}
-    for (model, row), cells in table.items():
-        for task, s in cells.items():
-            if (seed := (s.get("run") or {}).get("seed")) is not None:
-                key = s["train_key"]
-                groups.setdefault(
-                    (model, row.replace(key, key.removesuffix(f"_s{seed}"), 1), task), []
-                ).append(s)
-    for (model, row, task), many in groups.items():
-        if len(many) > 1:
-            accuracies = [s["accuracy"] for s in many]
-            means.setdefault((model, f"{row}, mean of {len(many)} seeds"), {})[task] = many[0] | {
-                "accuracy": statistics.mean(accuracies),
-                "spread": statistics.stdev(accuracies),
-                "measure": "mean",
-            }
-    return means
+def row_label(key: RunKey) -> str:
+    """'ft_cot, last epoch', 'zs_cot, all questions': what a row is called where that is enough."""
+    parts = [key.train_key or key.method]
+    if key.part == "all":
+        parts.append("all questions")
+    if key.samples > 1:
+        parts.append(f"{key.samples} samples a question")
+    parts += filter(None, (key.epoch, key.vote))
+    if key.seeds:
+        parts.append(f"mean of {len(key.seeds)} seeds")
+    return ", ".join(parts)
+
+
+def row_labels(keys: Iterable[RunKey]) -> dict[RunKey, str]:
+    """Label rows; of rows of a model that would read the same, name the fields that differ.
+
+    zs on two splits -> 'zs, split default' and 'zs, split template'
+    """
+    namesakes = defaultdict(list)
+    for key in keys:
+        namesakes[key.model, row_label(key)].append(key)
+    labels = {}
+    for (_, label), same in namesakes.items():
+        columns = zip(RunKey._fields, zip(*same, strict=True), strict=True)
+        varied = [name for name, values in columns if len(set(values)) > 1]
+        for key in same:
+            labels[key] = ", ".join([label, *(f"{name} {getattr(key, name)}" for name in varied)])
+    return labels
 
 
 # ---------------- The table as text
 
-METHODS = ("zs", "zs_cot", "fs_cot", "ft", "ft_cot")  # in the paper's order
+
+def paper_value(results: paper.Results, key: RunKey, task: str) -> float | None:
+    """Return the published accuracy of the same model, method and task, or None.
+
+    None of another split, learning rate or seed, of a vote or a mean: not the paper's cell.
+    """
+    if key.split != "default" or key.vote or key.seeds:
+        return None
+    return paper.accuracy(results, key.model, key.method, key.train_key, task)
 
 
-def table_lines(table, results):
-    """-> [[cell, ...], ...]: a head; the random baseline; for each row accuracies, their intervals and, where it has any, the paper's
-    values.  Teachers come first; columns are the tasks in the paper's order."""
-    columns = [key for key in tasks.TASKS if any(key in row for row in table.values())]
+Lines = list[list[str]]
+
+
+def row_order(key: RunKey, label: str) -> tuple:
+    """Put teachers first, then sort by model, method and label, 2aug before 16aug."""
+    place = -1
+    if key.method in paper.METHODS:
+        place = list(paper.METHODS).index(key.method)
+    natural = re.sub(r"[0-9]+", lambda digits: digits[0].zfill(9), label)
+    return (key.part != "all", key.model, place, natural)
+
+
+def table_lines(table: Table, results: paper.Results) -> Lines:
+    """Return a head, a random guess, and of each row accuracies, intervals, the paper's values.
+
+    Columns are the tasks in the paper's order; a row without published values has no such line.
+    """
+    seen = set().union(*table.values())
+    columns = {key: row for key, row in tasks.TASKS.items() if key in seen}
+
+    def line(model: str, name: str, form: str, cells: Record) -> list[str]:
+        """Write cells into their columns, each in the given form."""
+        values = [form.format(cells[task]) if task in cells else "-" for task in columns]
+        return [model, name, *values]
+
     lines = [
-        ["model", "method", *(tasks.TASKS[key].name for key in columns)],
-        ["", "random guess", *(f"{tasks.TASKS[key].random:.2f}" for key in columns)],
+        line("model", "method", "{0.name}", columns),
+        line("", "random guess", "{0.random:.2f}", columns),
     ]
-
-    def order(item):
-        (model, row), cells = item
-        one = next(iter(cells.values()))
-        natural = [
-            int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", row)
-        ]  # 2aug before 16aug
-        return (
-            one["part"] != "all",
-            model,
-            METHODS.index(one["method"]) if one["method"] in METHODS else -1,
-            natural,
-        )
-
-    for (model, row), cells in sorted(table.items(), key=order):
-
-        def line(head, text):
-            return [*head, *(text(cells[key]) if key in cells else "-" for key in columns)]
-
-        lines.append(line((model, row), lambda s: f"{s['accuracy']:.2f}"))
-        if all("spread" in s for s in cells.values()):
-            lines.append(line(("", "  standard deviation"), lambda s: f"{s['spread']:.2f}"))
+    labels = row_labels(table)
+    for key in sorted(table, key=lambda key: row_order(key, labels[key])):
+        cells = table[key]
+        lines.append(line(key.model, labels[key], "{0.accuracy:.2f}", cells))
+        if key.seeds:
+            lines.append(line("", "  standard deviation", "{0.spread:.2f}", cells))
         else:
-            lines.append(
-                line(("", "  95% interval"), lambda s: f"[{s['low']:.1f}, {s['high']:.1f}]")
-            )
-        if any(paper_value(results, s) is not None for s in cells.values()):
-            lines.append(
-                line(
-                    ("", "  paper"),
-                    lambda s: "-" if (value := paper_value(results, s)) is None else f"{value:.2f}",
-                )
-            )
+            lines.append(line("", "  95% interval", "[{0.low:.1f}, {0.high:.1f}]", cells))
+        published = {task: paper_value(results, key, task) for task in cells}
+        known = {task: value for task, value in published.items() if value is not None}
+        if known:
+            lines.append(line("", "  paper", "{:.2f}", known))
     return lines
 
 
-def terminal(lines):
-    forms = [
-        f"{'<' if i < 2 else '>'}{max(map(len, column))}" for i, column in enumerate(zip(*lines))
-    ]  # names left, numbers right
-    return [
-        "  ".join(f"{text:{form}}" for text, form in zip(line, forms)).rstrip() for line in lines
-    ]
+def terminal(lines: Lines) -> list[str]:
+    """Align columns: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "{:<%d}  {:<%d}" + "  {:>%d}" * (len(widths) - 2)
+    return [(form % tuple(widths)).format(*line).rstrip() for line in lines]
 
 
-def markdown(lines):
-    rows = ["| " + " | ".join(text.strip() for text in line) + " |" for line in lines]
+def markdown(lines: Lines) -> list[str]:
+    """Write a table of GitHub's Markdown."""
+    rows = [f"| {' | '.join(map(str.strip, line))} |" for line in lines]
     return [rows[0], "|---|---|" + "--:|" * (len(lines[0]) - 2), *rows[1:]]
 
 
-def latex(lines):
-    """A booktabs tabular."""
-
-    def cell(text):
-        return r"\quad " * text.startswith("  ") + re.sub(r"([&%#_])", r"\\\1", text.strip())
-
-    rows = [" & ".join(map(cell, line)) + r" \\" for line in lines]
+def latex(lines: Lines) -> list[str]:
+    """Write a booktabs tabular: '  95% interval' -> '\\quad 95\\% interval'"""
+    rows = []
+    for line in lines:
+        escaped = [re.sub(r"([&%#_])", r"\\\1", text) for text in line]
+        indented = [re.sub(r"^  ", r"\\quad ", text) for text in escaped]
+        rows.append(" & ".join(indented) + r" \\")
     head = r"\begin{tabular}{ll" + "r" * (len(lines[0]) - 2) + "}"
     return [head, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]
 
@@ -406,142 +481,70 @@ def latex(lines):
 FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
 
 
-def print_table(table, skipped, results, form="terminal"):
-    """Print it in one of FORMATS; what could not be scored goes to stderr."""
-    print("\n".join(FORMATS[form](table_lines(table, results))))
+def print_table(table: Table, skipped: list[str], format: str = "terminal") -> None:
+    """Print a table in one of FORMATS; what has no score is named on stderr."""
+    print("\n".join(FORMATS[format](table_lines(table, paper.read_results()))))
     for message in skipped:
         print(f"not in the table: {message}", file=sys.stderr)
 
 
-def table(args):
-    """Methods x tasks, beside the paper's values."""
-    cells, skipped = collect(saved_files(args.saved), args.data, args.rules, args.allow_partial)
-    if not cells:
-        raise UserError(
-            f"there is nothing to show under {args.saved}/completion_data{': ' + skipped[0] if skipped else ''}"
-        )
-    print_table(cells, skipped, read_paper_results(), args.format)
+# ---------------- Commands of evaluate.py
 
 
-def saved_files(saved):
-    """-> every completion file that runs left below saved/."""
-    return sorted(Path(saved, "completion_data").glob("B_*/*.json"))
+def table(*, saved: str, data: str, rules: str, allow_partial: bool, format: str) -> None:
+    """Print methods x tasks, beside the paper's values.  Raises UserError where there are none."""
+    rows, skipped = collect(saved_files(saved), data, rules, allow_partial)
+    if not rows:
+        reason = "".join(f": {message}" for message in skipped[:1])
+        raise UserError(f"there is nothing to show under {saved}/completion_data{reason}")
+    print_table(rows, skipped, format)
 
 
-# ---------------- What one looks at: single completions
-
-
-def print_completion(title, row, verdicts):
-    """Print question, rationale, completion, gold answer, and what each set of rules makes of it."""
-    print(
-        f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})\n  question:   {row['question'].strip()}"
-    )
-    if "reasoning_completion" in row:
-        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
-    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
-    for rules, v in verdicts.items():
-        print(
-            f"  {rules + ':':<11} {v.prediction} is {'right' if v.correct else 'wrong'}, of {v.candidates}"
-        )
-
-
-def show(args):
+def show(*, file: str, rules: str, limit: int) -> None:
     """Print some wrong, right and unreadable completions of a file."""
-    judged = evaluate.grade_rows(*evaluate.read_completions(args.file), args.rules)
+    graded = evaluate.grade_rows(*read_completions(file), rules)
     for kind in ("wrong", "right", "unreadable"):
-        found = [(row, verdicts) for row, outcome, verdicts in judged if outcome == kind]
-        print(
-            f"\n{len(found)} of {len(judged)} are {kind}"
-            + (f"; the first {args.limit}:" if len(found) > args.limit else "")
-        )
-        for row, verdicts in found[: args.limit]:
-            print_completion(kind, row, verdicts)
+        found = [(row, verdicts) for row, outcome, verdicts in graded if outcome == kind]
+        shown = ""
+        if len(found) > limit:
+            shown = f"; the first {limit}:"
+        print(f"\n{len(found)} of {len(graded)} are {kind}{shown}")
+        for row, verdicts in found[:limit]:
+            evaluate.print_completion(kind, row, verdicts)
 
 
-# ---------------- What the user sees at the end of a run
+RULES_FLAG = {
+    "choices": ["paper", "flexible"],
+    "default": "paper",
+    "help": "answer cleansing that decides (default paper)",
+}
 
 
-def report(results, student, seed, saved):
-    """The table of this run, with a right and a wrong completion to read."""
-    task = tasks.TASKS[results[-1]["task"]]
-    print(
-        f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} (a random guess: {task.random}%)\n"
-    )
-    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
-    for r in results:
-        label = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}.get(
-            r["method"], r["method"]
-        )
-        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
-        print(
-            f"{label:<22} {r['accuracy']:7.1f}%  {interval:<15} {r['correct']:>5}/{r['n']}  {r['no_answer']:>9}"
-        )
-    judged = []
-    for r in reversed(results):
-        metadata, rows = evaluate.read_completions(r["file"])
-        rows = [
-            row for row in rows if row["sample_index"] not in (metadata.get("validation") or [])
-        ]
-        judged += [(r["method"], *one) for one in evaluate.grade_rows(metadata, rows, "paper")]
-    for outcome in ("right", "wrong"):
-        for method, row, _, verdicts in [one for one in judged if one[2] == outcome][:1]:
-            print_completion(f"A {outcome} completion of {method}:", row, verdicts)
-    print(
-        f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models (students, log.jsonl).  "
-        f"Compare runs: python evaluate.py table --saved {saved}"
-    )
+def add_saved_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what reads everything in --saved: table and plot."""
+    add = parser.add_argument
+    add("--saved", default="saved", help="folder that runs write to (default saved)")
+    parser.add_argument("--rules", **RULES_FLAG)
+    add("--data", default="data", help="folder of the prepared benchmarks (default data)")
+    add("--allow_partial", action="store_true", help="score files that lack samples of the part")
 
 
-# ---------------- Command line: the part of evaluate.py's that looks
-
-
-def add_commands(commands):
-    """Add score, table, plot, show and diff to the command line of evaluate.py."""
-    from extras import plot
-
-    s = commands.add_parser("score", help="score completion files")
-    s.add_argument("files", nargs="+", help="completion files")
-    s.add_argument(
-        "--part",
-        choices=["train", "validation", "test", "all"],
-        default="test",
-        help="samples to score (default test; the paper's Teacher rows: all)",
-    )
-    s.add_argument(
-        "--split", default="default", help="default, template, few_shot_8, ... (default: default)"
-    )
-    s.add_argument("--json", action="store_true", help="one JSON object a file instead of a table")
-    t = commands.add_parser("table", help="methods x tasks, beside the paper's values")
-    t.add_argument("--format", choices=FORMATS, default="terminal", help="default terminal")
-    f = commands.add_parser(
-        "plot", help="a figure (needs matplotlib): accuracy against what a study varied"
-    )
-    plot.add_flags(f)
-    r = commands.add_parser("show", help="read wrong, right and unreadable completions of a file")
-    r.add_argument("file", help="completion file")
-    r.add_argument("--limit", type=int, default=5, help="completions of each kind (default 5)")
-    d = commands.add_parser(
-        "diff",
-        help="the questions on which two completion files differ, and the exact McNemar test",
-    )
-    d.add_argument("a", help="completion file")
-    d.add_argument("b", help="another, of the same task")
-    d.add_argument("--limit", type=int, default=20, help="completions to print (default 20)")
-    for p in (t, f):
-        p.add_argument("--saved", default="saved", help="folder that runs write to (default saved)")
-    for p in (s, t, f, r, d):
-        p.add_argument(
-            "--rules",
-            choices=["paper", "flexible"],
-            default="paper",
-            help="answer cleansing that decides (default paper)",
-        )
-    for p in (s, t, f):
-        p.add_argument(
-            "--data", default="data", help="folder of the prepared benchmarks (default data)"
-        )
-        p.add_argument(
-            "--allow_partial", action="store_true", help="score files that lack samples of the part"
-        )
-    for p, run in ((s, score), (t, table), (f, plot.plot), (r, show), (d, diff)):
-        p.set_defaults(run=run)
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add table, show and diff to the command line of evaluate.py."""
+    parser = commands.add_parser("table", help="methods x tasks, beside the paper's values")
+    parser.add_argument("--format", choices=FORMATS, default="terminal", help="default terminal")
+    add_saved_flags(parser)
+    parser.set_defaults(run=table)
+    text = "read wrong, right and unreadable completions of a file"
+    parser = commands.add_parser("show", help=text)
+    parser.add_argument("file", help="completion file")
+    parser.add_argument("--limit", type=int, default=5, help="completions of each kind (default 5)")
+    parser.add_argument("--rules", **RULES_FLAG)
+    parser.set_defaults(run=show)
+    text = "the questions on which two completion files differ, and the exact McNemar test"
+    parser = commands.add_parser("diff", help=text)
+    parser.add_argument("a", help="completion file")
+    parser.add_argument("b", help="another, of the same task")
+    parser.add_argument("--limit", type=int, default=20, help="completions to print (default 20)")
+    parser.add_argument("--rules", **RULES_FLAG)
+    parser.set_defaults(run=diff)

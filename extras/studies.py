@@ -1,37 +1,42 @@
-"""The paper's experiments as single commands: flags that take several values make a grid of cells, a study is a row of flags.
+"""The paper's experiments as single commands: flags with several values make a grid of cells.
 
-    python finetune_cot.py --study degree --student gpt2                              # a row of STUDIES
-    python finetune_cot.py --task coin_flip svamp --degree 1 8 --temperature 0.7 --seeds 0 1 2      # a grid of one's own
+    python finetune_cot.py --study degree --student gpt2                  # a row of STUDIES
+    python finetune_cot.py --task svamp --degree 1 8 --temperature 0.7 --seeds 0 1   # a grid
 
-Cells run one after another, each resumable as ever; at the end stands one table (extras/report.py), and figures are
-`python evaluate.py plot` (extras/plot.py).
+Cells run one after another, each resumable as ever, and end in one table (extras/report.py);
+figures are `python evaluate.py plot` (extras/plot.py).
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
 import re
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import finetune_cot
+import flags
+import storage
 import tasks
-from extras import report as look
+from extras import report
 from storage import Interrupted, UserError
 
-USAGE = "%(prog)s [--study NAME] [--task NAME ...] [--teacher NAME] [--student NAME] [more flags: --help tells them]"
-GRID = (
-    "task",
-    "teacher",
-    "student",
-    "split",
-    "teacher_method",
-    "filter",
-    "max_rationale_words",
-    "degree",
-    "lr",
-    "batch_size",
-    "seed",
+USAGE = (
+    "%(prog)s [--study NAME] [--task NAME ...] [--teacher NAME] [--student NAME] "
+    "[more flags: --help tells them]"
 )
-FOUR = "multiarith svamp date_understanding last_letter_concatenation"  # the tasks of the paper's studies
-MANY = "single_eq addsub date_understanding tracking_shuffled_objects last_letter_concatenation coin_flip strategy_qa"
+GRID = (
+    "task teacher student split teacher_method filter max_rationale_words degree lr batch_size seed"
+).split()
+# tasks of the paper's studies, and those beside multiarith and svamp with diverse reasoning
+FOUR = "multiarith svamp date_understanding last_letter_concatenation"
+MANY = (
+    "single_eq addsub date_understanding tracking_shuffled_objects last_letter_concatenation "
+    "coin_flip strategy_qa"
+)
 SIZES = "few_shot_8 few_shot_32 few_shot_128 default"
 STUDENTS = (
     "gpt2 gpt2-medium gpt2-large google-t5/t5-small google-t5/t5-base google-t5/t5-large "
@@ -50,10 +55,12 @@ STUDIES = {  # name: grids of flags, run in order; what the command line says go
     "train_size": (
         f"--task {FOUR} --method ft ft_cot --split {SIZES}",
         f"--task multiarith svamp --method ft_cot --split {SIZES} --degree 64 --temperature 0.7",
-        f"--task date_understanding last_letter_concatenation --method ft_cot --split {SIZES} --degree 8 --temperature 0.7",
+        "--task date_understanding last_letter_concatenation --method ft_cot "
+        f"--split {SIZES} --degree 8 --temperature 0.7",
     ),
     "teachers": (
-        f"--task {FOUR} --method ft_cot --teacher davinci text-davinci-001 text-davinci-002 text-davinci-003",
+        f"--task {FOUR} --method ft_cot "
+        "--teacher davinci text-davinci-001 text-davinci-002 text-davinci-003",
     ),
     "students": (f"--task all --method zs fs_cot ft ft_cot --student {STUDENTS}",),
     "template": (
@@ -68,126 +75,131 @@ STUDIES = {  # name: grids of flags, run in order; what the command line says go
 }
 
 
-# ---------------- From flags to cells
+# ---------------- From flags to cells: the Namespace of flags of one run each
 
 
-def command_lines(argv):
-    """-> [flags of one grid, ...]: the grids of --study NAME, each with the rest of the command line behind it."""
+def command_lines(argv: list[str]) -> list[list[str]]:
+    """Return the flags of each grid of --study NAME, each with the rest of the line behind it."""
     finder = argparse.ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False)
     finder.add_argument("--study", choices=STUDIES)
     study = finder.parse_known_args(argv)[0].study
-    return [[*flags.split(), *argv] for flags in STUDIES[study]] if study else [argv]
+    if not study:
+        return [argv]
+    return [[*grid.split(), *argv] for grid in STUDIES[study]]
 
 
-def expand(args):
-    """-> [one Namespace a cell]: every combination of the values of the flags in GRID."""
-    if args.task == ["all"] and not args.dry_run:  # a dry run adds up by itself
-        args.task = [key for key in tasks.TASKS if key != "toy"]
-    flags = vars(args)
-    values = [flags[name] if isinstance(flags[name], list) else [flags[name]] for name in GRID]
-    return [
-        argparse.Namespace(**flags | dict(zip(GRID, combination)))
-        for combination in itertools.product(*values)
-    ]
+def expand(flags: Namespace) -> list[Namespace]:
+    """Return a cell for every combination of the values of the flags in GRID.
+
+    --task all stands for every benchmark, but in a dry run, which adds them up by itself.
+    """
+    options = dict(vars(flags))
+    if flags.task == ["all"] and not flags.dry_run:
+        options["task"] = [task for task in tasks.TASKS if task != "toy"]
+    values = []
+    for name in GRID:
+        value = options[name]
+        if not isinstance(value, list):
+            value = [value]
+        values.append(value)
+    cells = []
+    for combination in itertools.product(*values):
+        chosen = dict(zip(GRID, combination, strict=True))
+        cells.append(Namespace(**options | chosen))
+    return cells
 
 
-def gather(cells, output):
-    """-> the cells, where there are several a method each, without repetitions (ft does not depend on the degree).  Each knows the
-    largest degree of its teacher's file, so that it is sampled once.  output(cell): -> (the file that it ends with, the teacher's file).
+def split_methods(cell: Namespace) -> list[Namespace]:
+    """Return a cell for each method of one."""
+    return [Namespace(**vars(cell) | {"method": [method]}) for method in cell.method]
 
-    Raises UserError for flags that name one student where there are several cells."""
-    one = cells[0]
-    if len(cells) > 1 and (one.out or one.train_key or one.finetune_data):
-        raise UserError(
-            f"--out, --train_key and --finetune_data are of one student, and these flags make {len(cells)} of them"
-        )
+
+def output_files(cell: Namespace) -> tuple[Path, Path]:
+    """Return the file that a cell ends with and its teacher's, which tell the cells apart."""
+    completions = flags.teacher_file(cell)
+    method = cell.method[-1]
+    if cell.stage == "sample":
+        return completions, completions
+    if cell.stage == "curate":
+        family = finetune_cot.student_family(cell)
+        return flags.finetune_file(cell, method, family), completions
+    return flags.test_file(cell, method, 0), completions
+
+
+def dedupe_cells(cells: list[Namespace]) -> list[Namespace]:
+    """Return cells of one method each without repetitions: ft does not depend on the degree.
+
+    Each knows the largest degree of its teacher's file, so that it is sampled once.
+    Raises UserError for flags that name one student where there are several cells.
+    """
     if len(cells) > 1:
-        cells = [
-            argparse.Namespace(**vars(cell) | {"method": [method]})
-            for cell in cells
-            for method in cell.method
-        ]
+        if cells[0].out or cells[0].train_key or cells[0].finetune_data:
+            raise UserError(
+                "--out, --train_key and --finetune_data are of one student, "
+                f"and these flags make {len(cells)} of them"
+            )
+        cells = [one for cell in cells for one in split_methods(cell)]
     unique = {}
     degrees = {}
     for cell in cells:
-        mine, teacher = output(cell)
-        unique.setdefault(mine, cell)
+        own, teacher = output_files(cell)
+        unique.setdefault(own, cell)
         degrees[teacher] = max(cell.degree, degrees.get(teacher, 0))
     for cell in unique.values():
-        cell.sample_degree = degrees[output(cell)[1]]
+        _, teacher = output_files(cell)
+        cell.sample_degree = degrees[teacher]
     return list(unique.values())
-
-
-def about(args, method, questions, model):
-    """-> what a figure needs to know of a student's completion file: the flags that studies vary, the training questions, the size."""
-    known = {"parameters": sum(p.numel() for p in model.parameters())}
-    if method.startswith("ft"):
-        known |= {
-            "questions": questions,
-            **{
-                k: getattr(args, k)
-                for k in ("lr", "batch_size", "epochs", "label_style", "split", "seed")
-            },
-        }
-    if method == "ft_cot":
-        known |= {
-            k: getattr(args, k)
-            for k in (
-                "teacher",
-                "teacher_method",
-                "temperature",
-                "degree",
-                "filter",
-                "max_rationale_words",
-            )
-        }
-    return known
 
 
 # ---------------- Run them
 
 
-def name_of(args, cells):
+def cell_name(cell: Namespace, cells: list[Namespace]) -> str:
     """'coin_flip ft_cot, degree 8, seed 1': task, method, and what differs among the cells"""
-    varied = [name for name in GRID[1:] if len({getattr(cell, name) for cell in cells}) > 1]
-    return ", ".join(
-        [f"{args.task} {args.method[0]}", *(f"{name} {getattr(args, name)}" for name in varied)]
-    )
+    parts = [f"{cell.task} {cell.method[0]}"]
+    for flag in GRID[1:]:
+        if len({getattr(other, flag) for other in cells}) > 1:
+            parts.append(f"{flag} {getattr(cell, flag)}")
+    return ", ".join(parts)
 
 
-def run_cells(cells, run):
-    """Run every cell, then print one table.  A cell that cannot be run, because its teacher's file is missing, say, stops no other:
-    they are named at the end, with a UserError.  Under torchrun, where the ranks must agree, the first one ends the run."""
+def run_cells(
+    cells: list[Namespace],
+    run: Callable[[Namespace], list[dict[str, Any]]],
+    ranks: storage.Ranks,
+    data_dir: str,
+) -> None:
+    """Run every cell, then print one table.  run(cell): the scores of its methods.
+
+    A cell that cannot be run, because its teacher's file is missing, say, stops no other: they are
+    named at the end, with a UserError.  Under torchrun, where the ranks must agree, the first one
+    ends the run, as an interruption does.
+    """
     results = []
     left_out = []
-    ranks = cells[0].ranks
-    for i, args in enumerate(cells, 1):
-        if ranks.is_master:
-            print(f"\n==== {i} of {len(cells)}: {name_of(args, cells)}", flush=True)
+    for i, cell in enumerate(cells, 1):
+        name = cell_name(cell, cells)
+        if ranks.is_rank0:
+            print(f"\n==== {i} of {len(cells)}: {name}", flush=True)
         try:
-            results += run(args)
-        except UserError as e:
-            if ranks.world_size > 1 or isinstance(e, Interrupted):
+            results += run(cell)
+        except UserError as error:
+            if ranks.world_size > 1 or isinstance(error, Interrupted):
                 raise
-            print(f"left out: {e}", flush=True)
-            left_out.append(f"{name_of(args, cells)}: {e}")
-    if results and ranks.is_master:
+            print(f"left out: {error}", flush=True)
+            left_out.append(f"{name}: {error}")
+    if results and ranks.is_rank0:
         print("\nAccuracy on the test part, %:\n")
-        paths = [path for r in results for path in siblings(r["file"])]
-        look.print_table(
-            *look.collect(dict.fromkeys(paths), cells[0].data), look.read_paper_results()
-        )
+        paths = [path for result in results for path in epoch_files(result["file"])]
+        report.print_table(*report.collect(dict.fromkeys(paths), data_dir))
     if left_out:
         raise UserError(
             f"{len(left_out)} of {len(cells)} cells were left out; the first: {left_out[0]}"
         )
 
 
-def siblings(path):
-    """-> the completion files of all epochs of the training run that path belongs to."""
+def epoch_files(path: str | Path) -> list[Path]:
+    """Return the completion files of all epochs of the training run that path is of."""
     path = Path(path)
-    return sorted(
-        p
-        for p in path.parent.iterdir()
-        if re.sub(r"__E_\d+", "", p.name) == re.sub(r"__E_\d+", "", path.name)
-    )
+    run = re.sub(r"__E_\d+", "", path.name)
+    return sorted(p for p in path.parent.iterdir() if re.sub(r"__E_\d+", "", p.name) == run)

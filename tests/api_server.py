@@ -1,9 +1,11 @@
-"""A small OpenAI-style server on loopback for tests: it logs every request with its arrival time, and misbehaves on demand.
+"""A small OpenAI-style server on loopback that logs every request, and misbehaves on demand.
 
     with ApiServer() as server:
-        server.answer = lambda request: Reply(429, headers={"retry-after": "1"}) if len(server.log) < 3 else None   # None: as usual
+        server.answer = lambda request: Reply(429)  # or None: as usual
 
-As a program it answers until it is killed:  python tests/api_server.py [seconds of delay]  prints its base URL."""
+As a program it answers until it is killed:  python tests/api_server.py [seconds of delay]
+prints its base URL.
+"""
 
 import asyncio
 import hashlib
@@ -14,139 +16,138 @@ import struct
 import sys
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Request(NamedTuple):
     time: float  # of arrival, time.monotonic()
     method: str
     path: str  # without /v1
-    key: str  # x-client-request-id
-    body: object  # JSON, or bytes
-    headers: dict
+    key: str  # X-Client-Request-Id
+    body: Any  # JSON, or bytes
+    headers: dict[str, str]
 
 
 class Reply(NamedTuple):
     status: int = 200
-    body: object = b""  # bytes as they are, anything else as JSON
-    headers: dict = {}
+    body: Any = b""  # bytes as they are, anything else as JSON
+    headers: dict[str, Any] = {}
     delay: float = 0  # seconds before the first byte
     drip: float = 0  # seconds between two bytes
-    cut: int = None  # close after so many bytes of the body
+    cut: int | None = None  # close after so many bytes of the body
     reset: bool = False  # close with RST instead of any reply
-    close: bool = False  # close without a reply, or, with keep_alive_close, after it
-    then_close: bool = False
+    close: bool = False  # close without a reply
+    then_close: bool = False  # close after the reply
 
 
-def usual_text(request):
-    """Deterministic: what was asked and its key decide; the answer after "Therefore" is yes or no."""
-    digest = hashlib.sha256(
-        json.dumps(
-            [request.body.get("messages") or request.body.get("prompt"), request.key]
-        ).encode()
-    ).hexdigest()
-    said = json.dumps(request.body)
-    if "Therefore, the answer is" in said:
-        return "yes." if int(digest, 16) % 2 else "no."
-    return f"Because {digest[:8]}. " + (
-        "The answer is " + ("yes." if int(digest, 16) % 2 else "no.")
-        if "The answer is" in said
-        else ""
-    )
+def usual_text(request: Request) -> str:
+    """Return a text that depends on what was asked and on its key alone; an answer is yes or no."""
+    asked = request.body.get("messages") or request.body.get("prompt")
+    digest = hashlib.sha256(json.dumps([asked, request.key]).encode()).hexdigest()
+    answer = "no."
+    if int(digest, 16) % 2:
+        answer = "yes."
+    body = json.dumps(request.body)
+    if "Therefore, the answer is" in body:
+        return answer
+    if "The answer is" in body:
+        return f"Because {digest[:8]}. The answer is {answer}"
+    return f"Because {digest[:8]}. "
 
 
-def completion(request, text=..., finish_reason="stop", choices=None, **changes):
-    """The body of a usual reply to a request for a completion, with changes."""
-    text = usual_text(request) if text is ... else text
-    chat = "messages" in request.body
-    if choices is None:
-        choices = []
-        for i in range(request.body.get("n") or 1):
-            said = f"{text}{i or ''}" if isinstance(text, str) else text
-            choices.append(
-                {
-                    "index": i,
-                    "finish_reason": finish_reason,
-                    **(
-                        {"message": {"role": "assistant", "content": said}}
-                        if chat
-                        else {"text": said}
-                    ),
-                }
-            )
+def make_choice(request: Request, index: int, text: str | None, finish_reason: str | None) -> dict:
+    if isinstance(text, str) and index:
+        text = f"{text}{index}"
+    said: dict[str, Any] = {"text": text}
+    if "messages" in request.body:
+        said = {"message": {"role": "assistant", "content": text}}
+    return {"index": index, "finish_reason": finish_reason, **said}
+
+
+def completion(
+    request: Request, text: Any = ..., finish_reason: str | None = "stop", **changes: Any
+) -> dict[str, Any]:
+    """Return the usual reply to a request for completions, with changes; ... removes a column."""
+    if text is ...:
+        text = usual_text(request)
+    count = request.body.get("n") or 1
+    kind = "text_completion"
+    if "messages" in request.body:
+        kind = "chat.completion"
     body = {
         "id": "x",
-        "object": "chat.completion" if chat else "text_completion",
+        "object": kind,
         "created": 0,
         "model": request.body["model"] + "-0613",
-        "choices": choices,
+        "choices": [make_choice(request, i, text, finish_reason) for i in range(count)],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
-    return {k: v for k, v in (body | changes).items() if v is not ...}
+    return {name: value for name, value in (body | changes).items() if value is not ...}
+
+
+def as_bytes(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return json.dumps(value).encode()
 
 
 class ApiServer:
-    def __init__(self, delay=0.0):
-        self.log, self.answer, self.delay = [], lambda request: None, delay
-        self.files, self.batches, self.jobs, self.batch_output = (
-            {},
-            [],
-            [],
-            lambda batch, requests: None,
-        )
-        self.open_now = self.most_open = 0
+    """The server, in a thread of its own."""
 
-    def __enter__(self):
+    def __init__(self, delay: float = 0.0) -> None:
+        self.log: list[Request] = []
+        self.answer: Callable[[Request], Reply | None] = lambda request: None
+        self.delay = delay
+        self.files: dict[str, bytes] = {}
+        self.batches: list[dict[str, Any]] = []
+        self.batch_output: Callable[[dict, list[dict]], object] = lambda batch, lines: None
+        self.jobs: list[dict[str, Any]] = []
+        self.open_now = 0
+        self.most_open = 0
+
+    def __enter__(self) -> "ApiServer":
         started = threading.Event()
-
-        def serve():
-            self.loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(self.loop)
-            self.server = self.loop.run_until_complete(
-                asyncio.start_server(self.connection, "127.0.0.1", 0, backlog=1000)
-            )
-            self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
-            started.set()
-            self.loop.run_forever()
-            for task in (tasks := asyncio.all_tasks(self.loop)):
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self.loop.close()
-
-        self.thread = threading.Thread(target=serve, daemon=True)
+        self.thread = threading.Thread(target=self.serve, args=(started,), daemon=True)
         self.thread.start()
         started.wait()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
 
-    def asked(self, path="completions"):
-        """The requests whose path ends so."""
+    def serve(self, started: threading.Event) -> None:
+        self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        listening = asyncio.start_server(self.connection, "127.0.0.1", 0, backlog=1000)
+        self.server = self.loop.run_until_complete(listening)
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
+        started.set()
+        self.loop.run_forever()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.loop.close()
+
+    def asked(self, path: str = "completions") -> list[Request]:
+        """Return the requests whose path ends so."""
         return [request for request in self.log if request.path.endswith(path)]
 
-    async def connection(self, reader, writer):
+    # ---- the wire
+
+    async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_open = True
         try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                arrived = time.monotonic()
-                first, *lines = head.decode("latin1").split("\r\n")
-                method, path, _ = first.split(" ")
-                headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines if line)}
-                body = await reader.readexactly(int(headers.get("content-length", 0)))
-                if "json" in headers.get("content-type", ""):
-                    body = json.loads(body)
-                path, _, self.query = path.removeprefix("/v1").partition("?")
-                request = Request(
-                    arrived, method, path, headers.get("x-client-request-id", ""), body, headers
-                )
+            while is_open:
+                request = await self.read_request(reader)
                 self.log.append(request)
                 self.open_now += 1
                 self.most_open = max(self.most_open, self.open_now)
                 try:
-                    if not await self.respond(writer, self.answer(request) or self.usual(request)):
-                        return
+                    reply = self.answer(request) or self.usual(request)
+                    is_open = await self.respond(writer, reply)
                 finally:
                     self.open_now -= 1
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
@@ -154,87 +155,78 @@ class ApiServer:
         finally:
             writer.close()
 
-    async def respond(self, writer, reply):
-        """Send it; -> whether the connection stays open."""
+    async def read_request(self, reader: asyncio.StreamReader) -> Request:
+        head = await reader.readuntil(b"\r\n\r\n")
+        arrived = time.monotonic()
+        first, *lines = head.decode("latin1").split("\r\n")
+        method, path, _ = first.split(" ")
+        pairs = [line.split(": ", 1) for line in lines if line]
+        headers = {name.lower(): value for name, value in pairs}
+        body: Any = await reader.readexactly(int(headers.get("content-length", 0)))
+        if "json" in headers.get("content-type", ""):
+            body = json.loads(body)
+        path = path.removeprefix("/v1").partition("?")[0]
+        return Request(arrived, method, path, headers.get("x-client-request-id", ""), body, headers)
+
+    async def respond(self, writer: asyncio.StreamWriter, reply: Reply) -> bool:
+        """Send a reply; return whether the connection stays open."""
         await asyncio.sleep(reply.delay or self.delay)
         if reply.reset:
-            writer.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
+            linger = struct.pack("ii", 1, 0)
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
+        if reply.reset or reply.close:
             return False
-        if reply.close:
-            return False
-        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+        body = as_bytes(reply.body)
         headers = {"content-type": "application/json", "content-length": len(body), **reply.headers}
-        lines = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         writer.write(f"HTTP/1.1 {reply.status} X\r\n{lines}\r\n".encode())
-        for byte in body if reply.drip else ():
-            writer.write(bytes([byte]))
-            await asyncio.sleep(reply.drip)
-        if not reply.drip:
+        if reply.drip:
+            for byte in body:
+                writer.write(bytes([byte]))
+                await asyncio.sleep(reply.drip)
+        else:
             writer.write(body[: reply.cut])
         await writer.drain()
         return reply.cut is None and not reply.then_close
 
-    # -- what a healthy server does
+    # ---- what a healthy server does
 
-    def usual(self, request):
-        if request.path in ("/chat/completions", "/completions"):
+    def usual(self, request: Request) -> Reply:
+        """Answer as documented: completions, files, batches and fine-tuning jobs."""
+        path = request.path
+        if path in ("/chat/completions", "/completions"):
             return Reply(body=completion(request))
-        if request.path == "/files":
+        if path == "/files":
             return self.upload(request)
-        if match := re.fullmatch(r"/files/(.*)/content", request.path):
-            return Reply(
-                body=self.files[match[1]], headers={"content-type": "application/octet-stream"}
-            )
-        if request.path == "/batches":
-            return (
-                self.create_batch(request)
-                if request.method == "POST"
-                else Reply(body={"object": "list", "data": self.batches[::-1], "has_more": False})
-            )
-        if match := re.fullmatch(r"/batches/(.*)", request.path):
-            return Reply(body=next(b for b in self.batches if b["id"] == match[1]))
-        if request.path == "/fine_tuning/jobs":
-            return (
-                self.create_job(request)
-                if request.method == "POST"
-                else Reply(body={"object": "list", "data": self.jobs[::-1], "has_more": False})
-            )
-        if match := re.fullmatch(r"/fine_tuning/jobs/(.*)", request.path):
-            return Reply(body=next(j for j in self.jobs if j["id"] == match[1]))
-        return Reply(404, {"error": {"message": f"no such path {request.path}"}})
+        if path == "/batches" and request.method == "POST":
+            return self.create_batch(request)
+        if path == "/fine_tuning/jobs" and request.method == "POST":
+            return self.create_job(request)
+        if match := re.fullmatch(r"/files/(.*)/content", path):
+            headers = {"content-type": "application/octet-stream"}
+            return Reply(body=self.files[match[1]], headers=headers)
+        for prefix, made in (("/batches", self.batches), ("/fine_tuning/jobs", self.jobs)):
+            if path == prefix:
+                return Reply(body={"object": "list", "data": made[::-1], "has_more": False})
+            if path.startswith(prefix):
+                return Reply(body=next(one for one in made if path.endswith("/" + one["id"])))
+        return Reply(404, {"error": {"message": f"no such path {path}"}})
 
-    def upload(self, request):
+    def upload(self, request: Request) -> Reply:
         boundary = request.headers["content-type"].partition("boundary=")[2].encode()
-        parts = dict(
-            re.findall(
-                rb'name="(\w+)"[^\r]*\r\n(?:[^\r]+\r\n)*\r\n(.*?)\r\n--' + re.escape(boundary),
-                request.body,
-                re.S,
-            )
-        )
+        part = rb'name="(\w+)"[^\r]*\r\n(?:[^\r]+\r\n)*\r\n(.*?)\r\n--' + re.escape(boundary)
+        parts = dict(re.findall(part, request.body, re.DOTALL))
         name = f"file-{len(self.files)}"
         self.files[name] = parts[b"file"]
-        return Reply(
-            body={
-                "id": name,
-                "object": "file",
-                "bytes": len(parts[b"file"]),
-                "created_at": 0,
-                "filename": "x",
-                "purpose": parts[b"purpose"].decode(),
-                "status": "processed",
-            }
-        )
+        body = {"id": name, "object": "file", "bytes": len(parts[b"file"]), "created_at": 0}
+        body |= {"filename": "x", "purpose": parts[b"purpose"].decode(), "status": "processed"}
+        return Reply(body=body)
 
-    def create_batch(self, request):
-        lines = [
-            json.loads(line)
-            for line in self.files[request.body["input_file_id"]].decode().split("\n")
-            if line
-        ]
+    def create_batch(self, request: Request) -> Reply:
+        content = self.files[request.body["input_file_id"]].decode()
+        lines = [json.loads(line) for line in content.split("\n") if line]
         batch = {
             "id": f"batch_{len(self.batches)}",
             "object": "batch",
@@ -247,17 +239,23 @@ class ApiServer:
         self.batch_output(batch, lines)
         return Reply(body=batch)
 
-    def finish_batch(self, batch, lines, status="completed", errors=None, **changes):
-        """Set a batch's end: lines of its output and of its error file (bytes as they are, objects as JSON)."""
+    def finish_batch(
+        self,
+        batch: dict,
+        lines: list | None,
+        status: str = "completed",
+        errors: list | None = None,
+        **changes: object,
+    ) -> None:
+        """End a batch with the lines of its output and of its error file."""
         for kind, content in (("output", lines), ("error", errors)):
             if content is not None:
-                self.files[f"{batch['id']}-{kind}"] = b"".join(
-                    c if isinstance(c, bytes) else json.dumps(c).encode() + b"\n" for c in content
-                )
-                batch[f"{kind}_file_id"] = f"{batch['id']}-{kind}"
+                name = f"{batch['id']}-{kind}"
+                self.files[name] = b"".join(as_bytes(line).rstrip() + b"\n" for line in content)
+                batch[f"{kind}_file_id"] = name
         batch.update(status=status, **changes)
 
-    def create_job(self, request):
+    def create_job(self, request: Request) -> Reply:
         job = {
             "id": f"ftjob-{len(self.jobs)}",
             "object": "fine_tuning.job",
@@ -274,18 +272,14 @@ class ApiServer:
         return Reply(body=job)
 
 
-def batch_line(line, status=200, **changes):
-    """One line of a batch's output file, the usual answer to a line of its input."""
+def batch_line(line: dict[str, Any]) -> dict[str, Any]:
+    """Return the usual line of a batch's output file for a line of its input."""
     request = Request(0, "POST", line["url"], line["custom_id"], line["body"], {})
-    return {
-        "id": "r",
-        "custom_id": line["custom_id"],
-        "response": {"status_code": status, "request_id": "q", "body": completion(request)},
-        "error": None,
-    } | changes
+    response = {"status_code": 200, "request_id": "q", "body": completion(request)}
+    return {"id": "r", "custom_id": line["custom_id"], "response": response, "error": None}
 
 
 if __name__ == "__main__":
-    with ApiServer(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0) as server:
+    with ApiServer(float((sys.argv[1:] or [0])[0])) as server:
         print(server.url, flush=True)
         threading.Event().wait()

@@ -1,9 +1,10 @@
-"""Kill the whole toy pipeline at random moments, start it again, and compare every byte with a run that was left alone.
+"""Kill the toy pipeline at random moments, start it again, and compare every byte with a whole run.
 
-    python tests/kill_anywhere.py                  # 50 kills: SIGKILL, SIGTERM, Ctrl-C
-    python tests/kill_anywhere.py --ranks 2 --times 10   # torchrun, one rank is killed: the other must end within 60 s
+    python tests/kill_anywhere.py                        # 50 kills: SIGKILL, SIGTERM, Ctrl-C
+    python tests/kill_anywhere.py --ranks 2 --times 10   # torchrun: the other rank ends within 60 s
 
-Sampling, curation, training with a checkpoint every other step, evaluation after each epoch and the table, on 60 toy questions.
+The pipeline: sampling, curation, training with a checkpoint every other step, evaluation after each
+epoch and the scores, on 60 toy questions.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,56 +21,45 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FLAGS = [
-    "--epochs",
-    "3",
-    "--max_new_tokens",
-    "48",
-    "--checkpoint_steps",
-    "2",
-    "--eval_every",
-    "1",
-    "--device",
-    "cpu",
-]
+FLAGS = "--epochs 3 --max_new_tokens 48 --checkpoint_steps 2 --eval_every 1 --device cpu"
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
-def pipeline(saved):
-    """The method and the table, on a small toy task."""
+# ---- one run
+
+
+def pipeline(saved: Path, flags: str = FLAGS) -> None:
+    """Run the method and score its students, on a small toy task."""
     import evaluate
     import finetune_cot
     import tasks
 
     tasks.TASKS["toy"] = tasks.TASKS["toy"]._replace(n=60, train=42, test=18)
-    finetune_cot.main([*FLAGS, "--saved", str(saved)])
+    finetune_cot.main([*shlex.split(flags), "--saved", str(saved)])
     if os.environ.get("RANK", "0") == "0":
-        with open(Path(saved) / "table.txt", "w") as f, contextlib.redirect_stdout(f):
-            evaluate.main(["table", "--saved", str(saved)])
+        files = sorted(saved.glob("completion_data/B_toy_student*/*.json"))
+        with open(saved / "scores.txt", "w") as f, contextlib.redirect_stdout(f):
+            evaluate.main(["score", *map(str, files)])
 
 
-def start(saved, ranks, log):
-    """-> the pid of a run: a fork of this process, which has torch in memory already, or torchrun."""
+def start(saved: Path, log: IO[str], ranks: int = 1, flags: str = FLAGS) -> int:
+    """Start a run and return its pid: a fork of this process, which holds torch, or torchrun."""
     if ranks > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={ranks}",
-            __file__,
-            "--pipeline",
-            str(saved),
-        ]
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log).pid
-    if pid := os.fork():
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        script = [f"--nproc_per_node={ranks}", __file__, "--pipeline", str(saved)]
+        return subprocess.Popen([*launcher, *script], cwd=ROOT, stdout=log, stderr=log).pid
+    pid = os.fork()
+    if pid:
         return pid
-    os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
     status = 1
     try:
-        pipeline(saved)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        pipeline(saved, flags)
         status = 0
     except SystemExit as e:
         print(e.code, file=sys.stderr, flush=True)
@@ -77,8 +68,8 @@ def start(saved, ranks, log):
         os._exit(status)
 
 
-def end(pid, seconds):
-    """-> the exit status of a run, negative for a signal; the harness fails where it has not ended in time."""
+def wait_for_end(pid: int, seconds: float) -> int:
+    """Return the exit status of a run, negative for a signal; exit if it has not ended in time."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -89,97 +80,129 @@ def end(pid, seconds):
     sys.exit(f"FAILED: a run did not end within {seconds} s")
 
 
-def contents(folder):
-    """-> {name: bytes} of all that a run leaves; of logs, all but what the clock or the command line wrote."""
+def read_log(path: Path) -> list[dict]:
+    """Return the rows of a log.jsonl but the first, which holds the command line, without times."""
+    rows = [json.loads(line) for line in path.open()]
+    for row in rows:
+        row.pop("seconds", None)
+    return rows[1:]
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Return {name: bytes} of all that a run leaves; of logs what does not depend on the clock."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"):
-        found[str(path.relative_to(folder))] = path.read_bytes().replace(
-            str(folder).encode(), b"SAVED"
-        )
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not path.is_file() or path.suffix == ".lock":
+            continue
         if path.name == "log.jsonl":
-            found[str(path.relative_to(folder))] = [
-                {k: v for k, v in json.loads(line).items() if k != "seconds"}
-                for line in path.open()
-            ][1:]
+            found[name] = read_log(path)
+        else:
+            found[name] = path.read_bytes().replace(str(folder).encode(), b"SAVED")
     return found
 
 
-def main():
+# ---- kills
+
+
+def choose_victim(pid: int, ranks: int, chance: random.Random) -> int:
+    """Return the pid to kill: of a run under torchrun one of its ranks."""
+    if ranks == 1:
+        return pid
+    command = ["pgrep", "-P", str(pid)]
+    children = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return int(chance.choice(children or [pid]))
+
+
+def kill_one_run(
+    saved: Path, log: IO[str], ranks: int, takes: float, chance: random.Random
+) -> str | None:
+    """Start a run, kill it within `takes` seconds and return the signal; None if it had ended."""
+    pid = start(saved, log, ranks)
+    sent = signal.SIGKILL
+    if ranks == 1:
+        sent = chance.choice(SIGNALS)
+    time.sleep(chance.random() * takes)
+    if os.waitpid(pid, os.WNOHANG)[0]:
+        return None
+    os.kill(choose_victim(pid, ranks, chance), sent)
+    began = time.monotonic()
+    wait_for_end(pid, 60)
+    print(f"{sent.name}: ended in {time.monotonic() - began:.1f} s", flush=True)
+    return sent.name
+
+
+def run_to_end(saved: Path, log: IO[str], ranks: int) -> dict[str, Any]:
+    """Run the pipeline and return what it left; exit if it fails."""
+    status = wait_for_end(start(saved, log, ranks), 300)
+    if status:
+        sys.exit(f"FAILED with {status}: {Path(log.name).read_text()[-2000:]}")
+    return contents(saved)
+
+
+def report_difference(saved: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Print which files differ, and keep a copy of the folder."""
+    names = []
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            names.append(name)
+    kept = tempfile.mkdtemp(prefix="killed-")
+    shutil.copytree(saved, kept, dirs_exist_ok=True)
+    print(f"DIFFERENT after restart: {names}, kept in {kept}", flush=True)
+
+
+def kill_pipelines(folder: Path, log: IO[str], ranks: int, times: int, seed: int) -> int:
+    """Kill runs, one to four of a pipeline; return how many pipelines ended unlike a whole one."""
+    chance = random.Random(seed)
+    began = time.monotonic()
+    expected = run_to_end(folder / "whole", log, ranks)
+    takes = time.monotonic() - began
+    print(f"a run that is left alone takes {takes:.1f} s", flush=True)
+    saved = folder / "killed"
+    kills = []
+    pipelines = 0
+    differ = 0
+    while len(kills) < times:
+        for _ in range(chance.randrange(1, 5)):
+            sent = kill_one_run(saved, log, ranks, takes, chance)
+            if sent is None:
+                break
+            kills.append(sent)
+        found = run_to_end(saved, log, ranks)
+        pipelines += 1
+        if found != expected:
+            differ += 1
+            report_difference(saved, expected, found)
+        shutil.rmtree(saved)
+    counts = ", ".join(f"{kills.count(name)} {name}" for name in sorted(set(kills)))
+    print(f"{len(kills)} kills ({counts}) of {pipelines} pipelines, {len(expected)} files each")
+    print(f"{differ} differ; {time.monotonic() - began:.0f} s")
+    return differ
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--times", type=int, default=50, help="kills (default 50)")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pipeline", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.pipeline:
-        return pipeline(args.pipeline)
-    import torch  # noqa: F401 (what a fork need not load again)
-    import transformers  # noqa: F401
+    parser.add_argument("--pipeline", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.pipeline:
+        return pipeline(options.pipeline)
+    import transformers  # noqa: F401 (with torch: what a fork need not load again)
+
     import evaluate  # noqa: F401
     import train_loop  # noqa: F401
 
-    chance = random.Random(args.seed)
-    began = time.monotonic()
-    kills = {}
-    resumed = 0
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        whole = Path(folder) / "whole"
-        at = time.monotonic()
-        if end(start(whole, args.ranks, log), 300):
-            sys.exit("FAILED: " + (Path(folder) / "log").read_text())
-        takes = time.monotonic() - at
-        expected = contents(whole)
-        print(f"a run that is left alone takes {takes:.1f} s", flush=True)
-        done = lost = 0
-        while done < args.times:
-            saved = Path(folder) / "killed"
-            for _ in range(
-                chance.randrange(1, 5)
-            ):  # kills of one pipeline, each somewhere in what is left of it
-                pid = start(saved, args.ranks, log)
-                sent = chance.choice(
-                    [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
-                    if args.ranks == 1
-                    else [signal.SIGKILL]
-                )
-                time.sleep(chance.random() * takes)
-                if os.waitpid(pid, os.WNOHANG)[0]:
-                    break  # it was done before
-                victim = pid
-                if args.ranks > 1:
-                    children = subprocess.run(
-                        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
-                    ).stdout.split()
-                    victim = int(chance.choice(children)) if children else pid
-                os.kill(victim, sent)
-                ended = time.monotonic()
-                end(pid, 60)
-                print(f"{sent.name}: ended in {time.monotonic() - ended:.1f} s", flush=True)
-                done, kills[sent.name] = done + 1, kills.get(sent.name, 0) + 1
-            if status := end(start(saved, args.ranks, log), 300):
-                sys.exit(f"FAILED with {status}: " + (Path(folder) / "log").read_text()[-2000:])
-            found = contents(saved)
-            different = [
-                name for name in {*expected, *found} if expected.get(name) != found.get(name)
-            ]
-            lost += bool(different)
-            resumed += 1
-            if different:
-                kept = shutil.copytree(
-                    saved, f"{tempfile.gettempdir()}/killed-{os.getpid()}-{resumed}"
-                )
-                print(f"DIFFERENT after restart: {sorted(different)}, kept in {kept}", flush=True)
-            shutil.rmtree(saved)
-        said = (Path(folder) / "log").read_text()
-        ours = re.findall(
-            r"^\[rank\d+\]: Traceback" if args.ranks > 1 else "Traceback", said, re.M
-        )  # torchrun adds one of its own
-        print(
-            f"{done} kills ({', '.join(f'{n} {name}' for name, n in kills.items())}) of {resumed} pipelines, {len(expected)} files each: "
-            f"{lost} differ; {len(ours)} tracebacks; "
-            f"{said.count('another rank has ended')} times the other rank said why; {time.monotonic() - began:.0f} s"
-        )
-        sys.exit(bool(lost or ours))
+        differ = kill_pipelines(Path(folder), log, options.ranks, options.times, options.seed)
+        said = Path(log.name).read_text()
+    traceback = "Traceback"
+    if options.ranks > 1:
+        traceback = r"^\[rank\d+\]: Traceback"  # torchrun adds one of its own
+    tracebacks = len(re.findall(traceback, said, re.M))
+    print(f"{tracebacks} tracebacks; {said.count('another rank has ended')} named a lost rank")
+    sys.exit(bool(differ or tracebacks))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """A million completions: how fast, and in how much memory, `evaluate.py score` reads them.
 
-    python tests/load.py --files 15 --rows 3334                 # 50,000 completions, seconds
-    python tests/load.py                                        # 1,000,000 in 300 files, 2 GB on the disk while it runs
-    python tests/load.py --students                             # the same of students, whose rationales are read for answers too
+    python tests/load.py --files 15 --rows 3334       # 50,000 completions, seconds
+    python tests/load.py                              # 1,000,000 in 300 files, 2 GB on the disk
+    python tests/load.py --students                   # of students, whose rationales are read too
 
-Beside it, on the same files: the published evaluator's steps, plainly written again, a DataFrame row a completion where
-pandas is installed, else a dict a row.  Exits with 1 where a bound is not kept: 20,000 completions/s a core, 1.5 GB.
+Beside it, on the same files: the published evaluator's steps, plainly written again, a DataFrame
+row a completion where pandas is installed, else a dict a row.
+
+Exits with 1 where a bound is not kept: 20,000 completions/s a core, 1.5 GB.
 """
 
 import argparse
@@ -20,127 +22,144 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SENTENCE = "Each of the {} boxes holds {} red apples and {} green ones, so we add them up and take away what was given to the neighbours. "
+SENTENCE = (
+    "Each of the {} boxes holds {} red apples and {} green ones, so we add them up and take away "
+    "what was given to the neighbours. "
+)
+QUESTIONS = 600
+LOWEST_RATE = 20_000  # completions/s a core
+MOST_MEMORY = 1.5e9  # bytes
 
 
-def make(folder, files, rows, seed=0, students=False):
-    """Write completion files of two-step Zero-shot-CoT on a numeric task, about 2 kB a completion; -> their paths.
+def make_text(rng: random.Random, sentences: int) -> str:
+    text = ""
+    for _ in range(sentences):
+        text += SENTENCE.format(rng.randrange(100), rng.randrange(100), rng.randrange(100))
+    return text
 
-    As in the published files, nine of ten completions hold one number and the text is in the rationale.  With `students`,
-    rationale and answer are one completion, as those of fine-tuned students are, and as long as the published rationales of
-    multiarith and svamp: 250 characters, 7 numbers."""
-    chance = random.Random(seed)
+
+def make_row(rng: random.Random, sample: dict[str, Any], k: int, students: bool) -> dict[str, Any]:
+    """Return completion k of a sample, of two-step Zero-shot-CoT or of a fine-tuned student."""
+    reasoning = make_text(rng, 2 if students else 5)
+    prompt = f"Q: {sample['question']}\nA: Let's think step by step."
+    answer = sample["answer"]
+    if rng.random() >= 0.7:
+        answer = str(rng.randrange(1000))
+    end = "."
+    if rng.random() < 0.1:
+        end = f", since {rng.randrange(100)} are left."
+    row = {**sample, "completion_index": k, "finish_reason": "stop"}
+    if students:
+        text = f" {reasoning}--> {answer}{end}"
+        return row | {"prompt": f"{sample['question']} ###", "completion": text}
+    return row | {
+        "prompt": f"{prompt} {reasoning}\nTherefore, the answer is",
+        "completion": f" {answer}{end}",
+        "reasoning_prompt": prompt,
+        "reasoning_completion": reasoning,
+        "reasoning_finish_reason": "stop",
+    }
+
+
+def make_files(folder: Path, files: int, rows: int, students: bool) -> list[Path]:
+    """Write completion files on a numeric task, about 2 kB a completion; return their paths.
+
+    As in the published files, nine of ten completions hold one number and the text is in the
+    rationale.  With `students`, rationale and answer are one completion, as those of fine-tuned
+    students are, and as long as the published rationales of multiarith and svamp: 250 characters,
+    7 numbers.
+    """
+    rng = random.Random(0)
+    samples = []
+    for i in range(QUESTIONS):
+        answer = str(rng.randrange(1000))
+        samples.append({"sample_index": i, "question": make_text(rng, 2), "answer": answer})
+    write_json(
+        folder / "data/dataset/multiarith.json",
+        {"metadata": {"dataset_key": "multiarith"}, "data": samples},
+    )
+    method, template = "zs_cot", "zs_cot"
+    if students:
+        method, template = "ft_cot", "ft_cot_token"
+    metadata = {"dataset_key": "multiarith", "base_model": "m", "completion_key": method}
+    metadata["prediction_template"] = template
     paths = []
-    text = lambda n: "".join(
-        SENTENCE.format(*(chance.randrange(100) for _ in range(3))) for _ in range(n)
-    )
-    samples = [
-        {"sample_index": i, "question": text(2), "answer": str(chance.randrange(1000))}
-        for i in range(600)
-    ]
-    (folder / "data/dataset").mkdir(parents=True)
-    (folder / "data/dataset/multiarith.json").write_text(
-        json.dumps({"metadata": {"dataset_key": "multiarith"}, "data": samples})
-    )
     for number in range(files):
-        data = {}
+        data: dict[str, list] = {}
         for j in range(rows):
-            s = samples[j % 600]
-            reasoning = text(2 if students else 5)
-            prompt = f"Q: {s['question']}\nA: Let's think step by step."
-            right = chance.random() < 0.7
-            row = {
-                **s,
-                "completion_index": j // 600,
-                "prompt": f"{prompt} {reasoning}\nTherefore, the answer is",
-                "completion": f" {s['answer'] if right else chance.randrange(1000)}"
-                + (f", since {chance.randrange(100)} are left." if chance.random() < 0.1 else "."),
-                "finish_reason": "stop",
-                "reasoning_prompt": prompt,
-                "reasoning_completion": reasoning,
-                "reasoning_finish_reason": "stop",
-            }
-            if students:
-                row = {k: v for k, v in row.items() if "reasoning" not in k} | {
-                    "prompt": f"{s['question']} ###",
-                    "completion": f" {reasoning}-->{row['completion']}",
-                }
-            data.setdefault(str(s["sample_index"]), []).append(row)
+            sample = samples[j % QUESTIONS]
+            row = make_row(rng, sample, j // QUESTIONS, students)
+            data.setdefault(str(sample["sample_index"]), []).append(row)
         paths.append(folder / f"D_multiarith__{number:03d}.json")
-        method, template = ("ft_cot", "ft_cot_token") if students else ("zs_cot", "zs_cot")
-        paths[-1].write_text(
-            json.dumps(
-                {
-                    "metadata": {
-                        "dataset_key": "multiarith",
-                        "base_model": "m",
-                        "completion_key": method,
-                        "prediction_template": template,
-                    },
-                    "data": data,
-                },
-                indent=4,
-            )
-        )
+        write_json(paths[-1], {"metadata": metadata, "data": data})
     return paths
 
 
-def plain(path, pandas=None):
-    """The published evaluator's steps: all rows into a table, each cleansed and compared, the mean of a column; -> accuracy, %."""
-    rows = [row for many in json.loads(Path(path).read_text())["data"].values() for row in many]
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=4))
 
-    def evaluate_row(row):
-        before, found, after = row["completion"].partition("-->")
-        found = re.findall(r"-?\d+(?:\.\d+)?", (after if found else before).replace(",", ""))
-        prediction = found[0] if found else ""
-        answer = row["answer"].replace(",", "")
-        return {
-            "sample_index": row["sample_index"],
-            "completion_index": row["completion_index"],
-            "correct": prediction == answer,
-            "contains_answer": answer in found,
-            "correct_format": True,
-            "complete": row["finish_reason"] == "stop",
-        }
 
+def evaluate_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Cleanse and compare one completion, as the published evaluator does."""
+    before, arrow, after = row["completion"].partition("-->")
+    text = before
+    if arrow:
+        text = after
+    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    answer = row["answer"].replace(",", "")
+    return {
+        "sample_index": row["sample_index"],
+        "completion_index": row["completion_index"],
+        "correct": found[:1] == [answer],
+        "contains_answer": answer in found,
+        "correct_format": True,
+        "complete": row["finish_reason"] == "stop",
+    }
+
+
+def plain_accuracy(path: Path, pandas: ModuleType | None) -> float:
+    """Return the accuracy in percent, by the published evaluator's steps, a table of all rows."""
+    rows: list[dict[str, Any]] = []
+    for many in json.loads(path.read_text())["data"].values():
+        rows += many
     if not pandas:
-        table = [evaluate_row(row) for row in rows]
-        return 100 * sum(row["correct"] for row in table) / len(table)
-    table = pandas.concat(
-        [
-            pandas.DataFrame([row]).apply(lambda r: pandas.Series(evaluate_row(r)), axis=1)
-            for row in rows
-        ]
-    )
-    return 100 * float(table["correct"].mean())
+        return 100 * sum(evaluate_row(row)["correct"] for row in rows) / len(rows)
+
+    def evaluate_series(row: Any) -> Any:
+        return pandas.Series(evaluate_row(row))
+
+    frames = [pandas.DataFrame([row]).apply(evaluate_series, axis=1) for row in rows]
+    return 100 * float(pandas.concat(frames)["correct"].mean())
 
 
-def memory(pid):
-    """-> bytes that a process and its children hold, shared pages counted once."""
+def memory(pid: int) -> int:
+    """Return the bytes that a process and its children hold, shared pages counted once."""
     total = 0
     pids = [pid]
     for p in pids:
         try:
             pids += map(int, Path(f"/proc/{p}/task/{p}/children").read_text().split())
-            total += 1024 * int(
-                re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{p}/smaps_rollup").read_text(), re.M)[1]
-            )
+            rollup = Path(f"/proc/{p}/smaps_rollup").read_text()
+            total += 1024 * int(re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[1])
         except (OSError, TypeError):
             continue  # it has just ended
     return total
 
 
-def measured(command):
-    """-> (seconds, most bytes held at a time, output) of a command."""
+def measure(command: list[str]) -> tuple[float, int, str]:
+    """Return seconds, most bytes held at a time, and output of a command."""
     start = time.perf_counter()
-    most = [0]
+    seen = [0]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
-    def watch():
+    def watch() -> None:
         while process.poll() is None:
-            most[0] = max(most[0], memory(process.pid))
+            seen.append(memory(process.pid))
             time.sleep(0.2)
 
     watcher = threading.Thread(target=watch)
@@ -149,70 +168,55 @@ def measured(command):
     seconds = time.perf_counter() - start
     watcher.join()
     assert process.returncode == 0, process.returncode
-    return seconds, most[0], output
+    return seconds, max(seen), output
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--files", type=int, default=300)
-    parser.add_argument("--rows", type=int, default=3334, help="completions a file")
-    parser.add_argument(
-        "--students", action="store_true", help="rationale and answer in one completion"
-    )
-    parser.add_argument(
-        "--folder",
-        help="where to put the files (default: a temporary folder; all of it is removed)",
-    )
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
+def compare(folder: Path, files: int, rows: int, students: bool) -> bool:
+    """Print both speeds; return whether the bounds are kept."""
+    paths = make_files(folder, files, rows, students)
+    count = files * rows
+    cores = len(os.sched_getaffinity(0))
+    size = sum(path.stat().st_size for path in paths) / 1e9
+    print(f"{count:,} completions in {files} files, {size:.2f} GB; {cores} cores", flush=True)
+    command = [sys.executable, "evaluate.py", "score", *map(str, paths)]
+    command += ["--part", "all", "--data", str(folder / "data"), "--json"]
+    seconds, most, output = measure(command)
+    rate = count / seconds / cores
+    speed = f"{seconds:.1f} s, {rate:,.0f} completions/s a core"
+    print(f"evaluate.py score: {speed}, at most {most / 1e6:.0f} MB", flush=True)
+    scores = [json.loads(line) for line in output.splitlines()]
+    assert sum(score["n"] for score in scores) == count
     try:
-        start = time.perf_counter()
-        paths = make(folder, args.files, args.rows, students=args.students)
-        n = args.files * args.rows
-        size = sum(p.stat().st_size for p in paths)
-        cores = len(os.sched_getaffinity(0))
-        print(
-            f"{n:,} completions in {len(paths)} files, {size / 1e9:.2f} GB, made in {time.perf_counter() - start:.0f} s; {cores} cores",
-            flush=True,
-        )
-        command = [
-            sys.executable,
-            "evaluate.py",
-            "score",
-            *map(str, paths),
-            "--part",
-            "all",
-            "--data",
-            str(folder / "data"),
-            "--json",
-        ]
-        seconds, most, output = measured(command)
-        scores = [json.loads(line) for line in output.splitlines()]
-        rate = n / seconds / cores
-        print(
-            f"evaluate.py score: {seconds:.1f} s, {rate:,.0f} completions/s a core, at most {most / 1e6:.0f} MB",
-            flush=True,
-        )
-        assert len(scores) == len(paths)
-        assert sum(s["n"] for s in scores) == n
-        try:
-            import pandas
-        except ImportError:
-            pandas = None
-        few, kind = (
-            (paths[:1], "pandas, a DataFrame row a completion")
-            if pandas
-            else (paths[:5], "no pandas: a dict a row")
-        )
-        start = time.perf_counter()
-        accuracies = [plain(path, pandas) for path in few]
-        print(
-            f"plain re-implementation ({kind}), one core, paper rules alone: {len(few) * args.rows / (time.perf_counter() - start):,.0f} completions/s"
-        )
-        assert [round(a, 2) for a in accuracies] == [s["accuracy"] for s in scores[: len(few)]]
-        sys.exit(not (rate >= 20_000 and most < 1.5e9))
+        import pandas
+    except ImportError:
+        pandas = None
+    few = paths[:5]
+    kind = "a dict a row"
+    if pandas:
+        few = paths[:1]
+        kind = "pandas, a DataFrame row a completion"
+    start = time.perf_counter()
+    accuracies = [round(plain_accuracy(path, pandas), 2) for path in few]
+    plain_rate = len(few) * rows / (time.perf_counter() - start)
+    print(f"plain ({kind}), one core, paper rules alone: {plain_rate:,.0f} completions/s")
+    assert accuracies == [score["accuracy"] for score in scores[: len(few)]]
+    return rate >= LOWEST_RATE and most < MOST_MEMORY
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--files", type=int, default=300)
+    add("--rows", type=int, default=3334, help="completions a file")
+    add("--students", action="store_true", help="rationale and answer in one completion")
+    add("--folder", help="where to put the files, which are removed (default: a temporary folder)")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        is_fast = compare(folder, options.files, options.rows, options.students)
     finally:
         shutil.rmtree(folder)
+    sys.exit(not is_fast)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
 """data/prepare.py: what it builds, and what it does when something is wrong.
 
-    pytest tests/test_prepare.py
+    python -m pytest tests/test_prepare.py
 
-No network: the one function that touches it is replaced.  The tests against the real benchmark files need a folder with
-mirror/ (the raw files, as for --mirror) and dataset_SHA256SUMS, named by the environment variable FINETUNE_COT_SHARED.
+No network: the one function that touches it is replaced.  The tests against the real benchmark
+files need a folder with mirror/ (the raw files, as for --mirror) and dataset_SHA256SUMS, named by
+the environment variable FINETUNE_COT_SHARED.
 """
 
+import gzip
 import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import prepare  # noqa: E402
-import tasks  # noqa: E402
-import storage as files  # noqa: E402
+import evaluate
+import storage
+import tasks
+from data import prepare
 
 SHARED = os.environ.get("FINETUNE_COT_SHARED")
 needs_mirror = pytest.mark.skipif(
@@ -42,31 +46,30 @@ SIZES = {  # n, train, test of the default split
     "commonsense_qa": (10962, 9741, 1221),
     "strategy_qa": (2290, 1603, 687),
 }
-IN_MIRROR = [
-    key for key in SIZES if key != "aqua"
-]  # aqua's train file is too big for a mirror that travels with tests
+IN_MIRROR = [key for key in SIZES if key != "aqua"]  # aqua's train file is too big for a mirror
 
 
-def digest(content):
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of some bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
-def known_sums(name):
-    """-> {path: SHA-256} of a file as sha256sum writes it"""
+def known_sums(name: str) -> dict[str, str]:
+    """Return {path: SHA-256} of a file as sha256sum writes it."""
     return {
         path: known
         for known, path in (line.split() for line in (Path(SHARED) / name).read_text().splitlines())
     }
 
 
-def files_under(folder):
+def files_under(folder: Path) -> list[str]:
+    """Return the paths of all files, sorted."""
     return sorted(
         str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A small world of our own: two tasks with one raw file each, aqua with five lines, and a server that can fail
+# ---------------------------------------------------------------- three small tasks and a server
 
 COINS = json.dumps(
     {
@@ -103,7 +106,8 @@ RAW = {
 }
 
 
-def built(key, rows):
+def built(key: str, rows: list[tuple[str, str]]) -> bytes:
+    """Return the bytes of a dataset."""
     data = [
         {"sample_index": i, "question": question, "answer": answer}
         for i, (question, answer) in enumerate(rows)
@@ -118,10 +122,11 @@ SUMS_BUILT = built("single_eq", [(f"{i} plums and one more ?", f"{i + 1}.0") for
 
 
 @pytest.fixture
-def world(monkeypatch):
-    """The tables of prepare.py and tasks.py with our own small files in place of the benchmarks'."""
+def world(monkeypatch) -> None:
+    """Put our own small files into the tables of prepare.py and tasks.py."""
 
-    def file(name, **more):
+    def file(name: str, **more: int) -> prepare.File:
+        """Find the raw file whose path ends in name."""
         path = next(path for path in RAW if path.endswith(name))
         return prepare.File(path, None if more else digest(RAW[path]), **more)
 
@@ -150,22 +155,26 @@ def world(monkeypatch):
 
 
 @pytest.fixture
-def mirror(world, tmp_path):
+def mirror(world, tmp_path) -> Path:
+    """A mirror with all raw files."""
     for path, content in RAW.items():
-        files.write_atomic(tmp_path / "mirror" / path, content)
+        storage.write_atomic(tmp_path / "mirror" / path, content)
     return tmp_path / "mirror"
 
 
 class Reply(io.BytesIO):
-    """A response: it announces more than it gives when it is cut, and raises `then` after its last byte."""
+    """A response that may announce more than it gives, and raise `then` after its last byte."""
 
-    def __init__(self, content, announced, status, then=None):
+    def __init__(
+        self, content: bytes, announced: int, status: int, then: BaseException | None = None
+    ) -> None:
         super().__init__(content)
         self.headers = {"Content-Length": str(announced)}
         self.status = status
         self.then = then
 
-    def read(self, size=-1):
+    def read(self, size: int = -1) -> bytes:
+        """Read, and at the end raise."""
         chunk = super().read(size)
         if not chunk and self.then:
             raise self.then
@@ -173,11 +182,12 @@ class Reply(io.BytesIO):
 
 
 @pytest.fixture
-def server(world, monkeypatch):
-    """-> a dictionary to steer the server with, and the list of (file name, first byte) that were asked for"""
+def server(world, monkeypatch) -> dict:
+    """What steers a server, and the list of (file name, first byte) that it was asked for."""
     state = {"cut": None, "then": None, "ranges": True, "files": dict(RAW), "asked": []}
 
-    def open_url(url, start):
+    def open_url(url: str, start: int) -> Reply:
+        """Reply as the test wants it."""
         path = url.removeprefix(prepare.HOST)
         content = state["files"][path]
         state["asked"].append((path.split("/")[-1], start))
@@ -191,12 +201,13 @@ def server(world, monkeypatch):
     return state
 
 
-def run(out, *arguments):
+def run(out: Path, *arguments: str) -> int:
+    """Run the command line; return its exit status."""
     return prepare.main([*arguments, "--out", str(out)])
 
 
-def error_of(capsys):
-    """-> the one line that stderr holds besides notes about downloads"""
+def error_of(capsys) -> str:
+    """Return the one line that stderr holds besides notes about downloads."""
     lines = [
         line for line in capsys.readouterr().err.splitlines() if not line.startswith("downloading ")
     ]
@@ -204,12 +215,12 @@ def error_of(capsys):
     return lines[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The real benchmarks
+# ---------------------------------------------------------------- the real benchmarks
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory) -> Path:
+    """A folder with all benchmarks that the mirror holds."""
     out = tmp_path_factory.mktemp("data")
     assert run(out, *IN_MIRROR, "--mirror", str(Path(SHARED) / "mirror")) == 0
     return out
@@ -217,7 +228,8 @@ def prepared(tmp_path_factory):
 
 @needs_mirror
 @pytest.mark.parametrize("key", IN_MIRROR)
-def test_built_dataset_has_the_published_sum(prepared, key):
+def test_prepare_dataset_sum(prepared, key):
+    """Built dataset has the published sum."""
     assert (
         digest((prepared / "dataset" / f"{key}.json").read_bytes())
         == known_sums("dataset_SHA256SUMS")[f"{key}.json"]
@@ -225,7 +237,8 @@ def test_built_dataset_has_the_published_sum(prepared, key):
 
 
 @needs_mirror
-def test_every_sum_of_the_table_is_the_known_one():
+def test_recipes_sums():
+    """Every sum of the table is the known one."""
     files = [
         file
         for recipe in prepare.RECIPES.values()
@@ -244,7 +257,8 @@ def test_every_sum_of_the_table_is_the_known_one():
 
 @needs_mirror
 @pytest.mark.parametrize("key", IN_MIRROR)
-def test_default_split_file_has_the_published_sizes(prepared, key):
+def test_prepare_split_sizes(prepared, key):
+    """Default split file has the published sizes."""
     split = json.loads((prepared / "split" / f"{key}__default.json").read_text())
     n, train, test = SIZES[key]
     assert (len(split["train"]), len(split["test"])) == (train, test)
@@ -259,14 +273,16 @@ def test_default_split_file_has_the_published_sizes(prepared, key):
 @pytest.mark.parametrize(
     "key, train, test", [("multiarith", 413, 187), ("date_understanding", 261, 108)]
 )
-def test_template_split_is_the_published_file(prepared, key, train, test):
+def test_prepare_template_split(prepared, key, train, test):
+    """Template split is the published file."""
     content = (prepared / "split" / f"{key}__template.json").read_bytes()
     assert digest(content) == known_sums("mirror/SHA256SUMS")[prepare.RECIPES[key].template.path]
     assert [len(json.loads(content)[part]) for part in ("train", "test")] == [train, test]
 
 
 @needs_mirror
-def test_few_shot_prompts_are_copied_verbatim(prepared):
+def test_prepare_few_shot_prompts(prepared):
+    """Few-shot prompts are copied verbatim."""
     assert (
         digest((prepared / "few_shot_cot_prompts.json").read_bytes())
         == known_sums("mirror/SHA256SUMS")[prepare.PROMPTS.path]
@@ -274,7 +290,8 @@ def test_few_shot_prompts_are_copied_verbatim(prepared):
 
 
 @needs_mirror
-def test_nothing_else_is_written_and_all_of_it_loads(prepared):
+def test_prepare_writes_nothing_else(prepared):
+    """Nothing else is written and all of it loads."""
     expected = (
         [f"dataset/{key}.json" for key in IN_MIRROR]
         + [f"split/{key}__default.json" for key in IN_MIRROR]
@@ -289,7 +306,8 @@ def test_nothing_else_is_written_and_all_of_it_loads(prepared):
 
 
 @needs_mirror
-def test_real_aqua_test_part_converts():
+def test_aqua_real_test_part():
+    """Real AQuA test part converts."""
     recipe = prepare.RECIPES["aqua"]
     rows = recipe.read((Path(SHARED) / "mirror" / recipe.raw[1].path).read_text(encoding="utf-8"))
     converted = [recipe.convert(row) for row in rows]
@@ -299,28 +317,19 @@ def test_real_aqua_test_part_converts():
     assert all(rationale == rationale.strip() != "" for _, _, rationale in converted)
 
 
-@pytest.mark.parametrize("key", SIZES)
-def test_default_split_rule_gives_the_published_sizes(key):
-    n, train, test = SIZES[key]
-    parts = tasks.default_split(key)
-    assert [len(part) for part in parts] == [train, test]
-    assert not set(parts[0]) & set(parts[1])
-    assert max(parts[0] + parts[1]) < n
-    assert all(part == sorted(part) for part in parts)
-
-
-def test_every_benchmark_of_tasks_has_a_recipe():
+def test_recipes_cover_all_tasks():
+    """Every benchmark of tasks.py has a recipe."""
     assert set(SIZES) == set(prepare.RECIPES) <= set(tasks.TASKS)
     assert (
         prepare.RECIPES["aqua"].lines == 7 + 6 * tasks.TASKS["aqua"].n
     )  # what json.dumps(..., indent=4) makes of its samples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Converters
+# ---------------------------------------------------------------- converters
 
 
-def test_aqua_puts_train_before_test_and_keeps_rationales(mirror, tmp_path):
+def test_build_aqua(mirror, tmp_path):
+    """AQuA puts train before test and keeps rationales."""
     assert run(tmp_path / "out", "aqua", "--mirror", str(mirror)) == 0
     data = tasks.load("aqua", tmp_path / "out")
     assert data[1] == {
@@ -337,13 +346,15 @@ def test_aqua_puts_train_before_test_and_keeps_rationales(mirror, tmp_path):
     assert test == [3, 4]
 
 
-def test_choices_are_lettered_stripped_and_closed_by_a_point():
+def test_with_choices():
+    """Choices are lettered stripped and closed by a point."""
     assert (
         prepare.with_choices("Warm?", [" tea", "ice "]) == "Warm? Answer choices: (A) tea, (B) ice."
     )
 
 
-def test_a_choice_loses_one_point_at_its_end_and_the_input_is_kept():
+def test_which_is_true():
+    """A choice loses one point at its end and the input is kept."""
     row = {"input": "Who waves? ", "target_scores": {"Ann.": 0, "Ben..": 1}}
     assert prepare.which_is_true(row) == (
         "Who waves? \nWhich choice is true? Answer choices: (A) Ann, (B) Ben..",
@@ -351,10 +362,11 @@ def test_a_choice_loses_one_point_at_its_end_and_the_input_is_kept():
     )
 
 
-def test_dates_are_shuffled_by_one_state_for_all_rows():
+def test_shuffled_dates():
+    """Dates are shuffled by one state for all rows."""
     rows = [{"input": " When? ", "target_scores": {"mon": 1, "tue": 0, "wed": 0}}] * 2
     shuffled = prepare.shuffled_dates(json.dumps({"examples": rows}))
-    # RandomState(0).permutation(3) is [2, 1, 0] and then [2, 0, 1]: choice j goes to place permutation[j]
+    # RandomState(0).permutation(3) is [2, 1, 0], then [2, 0, 1]: j goes to place permutation[j]
     assert [list(row["target_scores"]) for row in shuffled] == [
         ["wed", "tue", "mon"],
         ["tue", "wed", "mon"],
@@ -363,7 +375,8 @@ def test_dates_are_shuffled_by_one_state_for_all_rows():
     assert prepare.which_is_true(shuffled[0])[1] == "C"
 
 
-def test_strategy_rationale_begins_after_the_answer():
+def test_strategy_qa():
+    """Strategy rationale begins after the answer."""
     row = {
         "input": " Do owls knit? ",
         "target": "No. Owls have no hands. They hunt.",
@@ -372,33 +385,34 @@ def test_strategy_rationale_begins_after_the_answer():
     assert prepare.strategy_qa(row) == ("Do owls knit?", "No", "Owls have no hands. They hunt.")
 
 
-def test_gsm8k_answer_keeps_its_commas():
+def test_recipe_of_gsm8k():
+    """GSM8K answer keeps its commas."""
     assert prepare.RECIPES["gsm8k"].convert(
         {"question": "How many?", "answer": "500 * 3\n#### 1,500"}
     ) == ("How many?", "1,500")
 
 
-def test_json_lines_may_hold_a_line_separator_character():
+def test_json_lines():
+    """Json lines may hold a line separator character."""
     assert prepare.json_lines('{"a": "x\u2028y"}\n\n{"a": "z"}\n') == [
         {"a": "x\u2028y"},
         {"a": "z"},
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mirror
+# ---------------------------------------------------------------- mirror
 
 
-def test_mirror_is_read_without_network_and_not_copied(mirror, tmp_path, monkeypatch):
+def test_mirror_without_network(mirror, tmp_path, monkeypatch):
+    """Mirror is read without network and not copied."""
     monkeypatch.setattr(prepare, "open_url", None)
     assert run(tmp_path / "out", "--mirror", str(mirror)) == 0
     assert (tmp_path / "out/dataset/coin_flip.json").read_bytes() == COINS_BUILT
     assert not (tmp_path / "out/raw").exists()
 
 
-def test_wrong_sum_in_the_mirror_names_the_file_and_the_other_task_is_prepared(
-    mirror, tmp_path, capsys
-):
+def test_mirror_wrong_sum(mirror, tmp_path, capsys):
+    """Wrong sum in the mirror names the file and the other task is prepared."""
     path = mirror / "me/sums/c0ffee/sums.json"
     path.write_bytes(SUMS + b" ")
     assert run(tmp_path / "out", "single_eq", "coin_flip", "--mirror", str(mirror)) == 1
@@ -413,7 +427,8 @@ def test_wrong_sum_in_the_mirror_names_the_file_and_the_other_task_is_prepared(
     ]
 
 
-def test_missing_file_in_the_mirror_is_named(mirror, tmp_path, capsys):
+def test_mirror_missing_file(mirror, tmp_path, capsys):
+    """Missing file in the mirror is named."""
     (mirror / "me/coins/c0ffee/coins.json").unlink()
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
     error = error_of(capsys)
@@ -422,7 +437,8 @@ def test_missing_file_in_the_mirror_is_named(mirror, tmp_path, capsys):
     assert files_under(tmp_path / "out") == []
 
 
-def test_aqua_without_its_train_file_says_both_ways_to_get_it(mirror, tmp_path, capsys):
+def test_mirror_without_aqua(mirror, tmp_path, capsys):
+    """AQuA without its train file says both ways to get it."""
     (mirror / "me/aqua/c0ffee/train.json").unlink()
     assert run(tmp_path / "out", "--mirror", str(mirror)) == 1
     error = error_of(capsys)
@@ -440,21 +456,24 @@ def test_aqua_without_its_train_file_says_both_ways_to_get_it(mirror, tmp_path, 
         (b"\xff\n" * 3, "UnicodeDecodeError"),
     ],
 )
-def test_wrong_aqua_train_file_is_refused(mirror, tmp_path, capsys, content, expected):
+def test_mirror_wrong_aqua(mirror, tmp_path, capsys, content, expected):
+    """Wrong AQuA train file is refused."""
     (mirror / "me/aqua/c0ffee/train.json").write_bytes(content)
     assert run(tmp_path / "out", "aqua", "--mirror", str(mirror)) == 1
     assert expected in error_of(capsys)
     assert files_under(tmp_path / "out") == []
 
 
-def test_mirror_that_is_no_folder_is_refused(world, tmp_path, capsys):
+def test_mirror_no_folder(world, tmp_path, capsys):
+    """Mirror that is no folder is refused."""
     with pytest.raises(SystemExit) as stopped:
         run(tmp_path / "out", "--mirror", str(tmp_path / "nowhere"))
     assert stopped.value.code != 0
     assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
-def test_changed_converter_is_noticed_and_nothing_is_written(mirror, tmp_path, capsys, monkeypatch):
+def test_put_changed_converter(mirror, tmp_path, capsys, monkeypatch):
+    """Changed converter is noticed and nothing is written."""
     changed = prepare.RECIPES["coin_flip"]._replace(
         convert=lambda row: (row["question"].upper(), row["answer"])
     )
@@ -464,11 +483,11 @@ def test_changed_converter_is_noticed_and_nothing_is_written(mirror, tmp_path, c
     assert files_under(tmp_path / "out") == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Network
+# ---------------------------------------------------------------- network
 
 
-def test_downloads_are_kept_and_a_second_run_asks_for_nothing(server, tmp_path, capsys):
+def test_download_once(server, tmp_path, capsys):
+    """Downloads are kept and a second run asks for nothing."""
     assert run(tmp_path) == 0
     assert sorted(name for name, _ in server["asked"]) == [
         "coins.json",
@@ -489,7 +508,8 @@ def test_downloads_are_kept_and_a_second_run_asks_for_nothing(server, tmp_path, 
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in files_under(tmp_path)}
 
 
-def test_damaged_results_are_made_again(server, tmp_path):
+def test_put_damaged_results(server, tmp_path):
+    """Damaged results are made again."""
     run(tmp_path)
     for name in (
         "dataset/coin_flip.json",
@@ -503,8 +523,11 @@ def test_damaged_results_are_made_again(server, tmp_path):
         assert (tmp_path / name).read_bytes() == right
 
 
-def test_no_network_is_one_sentence_per_task(world, tmp_path, capsys, monkeypatch):
-    def open_url(url, start):
+def test_download_no_network(world, tmp_path, capsys, monkeypatch):
+    """No network is one sentence per task."""
+
+    def open_url(url: str, start: int) -> Reply:
+        """Reply as the test wants it."""
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(prepare, "open_url", open_url)
@@ -526,9 +549,8 @@ def test_no_network_is_one_sentence_per_task(world, tmp_path, capsys, monkeypatc
         (ConnectionResetError(), "ConnectionResetError"),
     ],
 )
-def test_broken_connection_leaves_only_a_part_and_the_next_run_goes_on_there(
-    server, tmp_path, capsys, then, problem
-):
+def test_download_broken_connection(server, tmp_path, capsys, then, problem):
+    """Broken connection leaves only a part and the next run goes on there."""
     server.update(cut=100, then=then)
     assert run(tmp_path, "coin_flip") == 1
     assert problem in error_of(capsys)
@@ -540,7 +562,8 @@ def test_broken_connection_leaves_only_a_part_and_the_next_run_goes_on_there(
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
+def test_download_without_ranges(server, tmp_path):
+    """Server without ranges is read from the start."""
     server.update(cut=100)
     run(tmp_path, "coin_flip")
     server.update(cut=None, ranges=False)
@@ -552,16 +575,18 @@ def test_server_without_ranges_is_read_from_the_start(server, tmp_path):
     assert (tmp_path / "dataset/coin_flip.json").read_bytes() == COINS_BUILT
 
 
-def test_whole_part_is_taken_when_the_last_run_stopped_before_the_renaming(server, tmp_path):
-    files.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", COINS)
+def test_download_whole_part(server, tmp_path):
+    """Whole part is taken when the last run stopped before the renaming."""
+    storage.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", COINS)
     assert run(tmp_path, "coin_flip") == 0
     assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("part", [b"", b"rubbish", b"x" * (len(COINS) + 1)])
-def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_path, capsys, part):
+def test_download_wrong_content(server, tmp_path, capsys, part):
+    """Wrong download is thrown away and the next run begins anew."""
     server["files"]["me/coins/c0ffee/coins.json"] = COINS if part else COINS[::-1]
-    files.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
+    storage.write_atomic(tmp_path / "raw/me/coins/c0ffee/coins.json.part", part)
     assert run(tmp_path, "coin_flip") == 1
     assert "thrown away" in error_of(capsys)
     assert files_under(tmp_path) == []
@@ -569,14 +594,16 @@ def test_wrong_download_is_thrown_away_and_the_next_run_begins_anew(server, tmp_
     assert run(tmp_path, "coin_flip") == 0
 
 
-def test_damaged_raw_file_of_an_earlier_run_is_named(server, tmp_path, capsys):
+def test_raw_content_damaged(server, tmp_path, capsys):
+    """Damaged raw file of an earlier run is named."""
     path = tmp_path / "raw/me/coins/c0ffee/coins.json"
-    files.write_atomic(path, COINS[:-1])
+    storage.write_atomic(path, COINS[:-1])
     assert run(tmp_path, "coin_flip") == 1
     assert f"{path} has SHA-256" in (error := error_of(capsys)) and "delete it" in error
 
 
-def test_real_downloads_have_a_timeout_and_ask_for_the_rest(monkeypatch):
+def test_open_url_range_and_timeout(monkeypatch):
+    """Real downloads have a timeout and ask for the rest."""
     seen = []
     monkeypatch.setattr(
         prepare.urllib.request,
@@ -590,11 +617,11 @@ def test_real_downloads_have_a_timeout_and_ask_for_the_rest(monkeypatch):
     assert 0 < prepare.TIMEOUT <= 60
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Interruption
+# ---------------------------------------------------------------- interruption
 
 
-def test_ctrl_c_during_a_download_leaves_nothing_half_written(server, tmp_path):
+def test_interrupt_download(server, tmp_path):
+    """Ctrl-C during a download leaves nothing half written."""
     server.update(cut=50, then=KeyboardInterrupt())
     with pytest.raises(SystemExit, match="interrupted"):
         run(tmp_path)
@@ -604,19 +631,23 @@ def test_ctrl_c_during_a_download_leaves_nothing_half_written(server, tmp_path):
     assert (tmp_path / "dataset/single_eq.json").read_bytes() == SUMS_BUILT
 
 
-def test_ctrl_c_while_an_archive_is_imported_is_one_sentence(monkeypatch, tmp_path):
-    from data import archive
+def test_interrupt_import(monkeypatch, tmp_path):
+    """Ctrl-C while an archive is imported is one sentence."""
 
-    def stop(*_):
+    def stop(*_: object) -> None:
+        """Press Ctrl-C."""
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(archive, "import_completions", stop)
+    monkeypatch.setattr(prepare, "import_completions", stop)
     with pytest.raises(SystemExit, match="interrupted: run the same command again"):
         prepare.main(["--completions", str(tmp_path / "a.tar.gz")])
 
 
-def test_stop_while_writing_leaves_nothing_half_written(mirror, tmp_path, monkeypatch):
-    def stop(*_):
+def test_interrupt_writing(mirror, tmp_path, monkeypatch):
+    """Stop while writing leaves nothing half written."""
+
+    def stop(*_: object) -> None:
+        """Press Ctrl-C."""
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -627,21 +658,23 @@ def test_stop_while_writing_leaves_nothing_half_written(mirror, tmp_path, monkey
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 0
 
 
-def test_full_disk_is_one_sentence(mirror, tmp_path, capsys, monkeypatch):
-    def full(path, content):
+def test_prepare_full_disk(mirror, tmp_path, capsys, monkeypatch):
+    """Full disk is one sentence."""
+
+    def full(path: Path, content: bytes) -> None:
+        """Fail as on a full disk."""
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(files, "write_atomic", full)
+    monkeypatch.setattr(storage, "write_atomic", full)
     assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
     assert "coin_flip.json cannot be read or written (No space left on device)" in error_of(capsys)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Other tasks than the twelve
+# ---------------------------------------------------------------- other tasks than the twelve
 
 
 @pytest.fixture
-def riddles(world, monkeypatch, tmp_path):
+def riddles(world, monkeypatch, tmp_path) -> Path:
     """A benchmark that a user added: a row in tasks.py and a file of 20 samples."""
     monkeypatch.setitem(
         tasks.TASKS,
@@ -649,11 +682,12 @@ def riddles(world, monkeypatch, tmp_path):
         tasks.TASKS["toy"]._replace(key="riddles", n=999, train=0, test=0, split="random"),
     )
     path = tmp_path / "dataset/riddles.json"
-    files.write_atomic(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
+    storage.write_atomic(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
     return path
 
 
-def test_added_task_gets_the_default_split_of_its_file(riddles, tmp_path, monkeypatch):
+def test_added_task_split(riddles, tmp_path, monkeypatch):
+    """Added task gets the default split of its file."""
     monkeypatch.setattr(prepare, "open_url", None)
     before = riddles.read_bytes()
     assert run(tmp_path, "riddles") == 0
@@ -667,7 +701,8 @@ def test_added_task_gets_the_default_split_of_its_file(riddles, tmp_path, monkey
     ]
 
 
-def test_added_task_may_have_an_ordered_split(riddles, tmp_path, monkeypatch):
+def test_added_task_ordered_split(riddles, tmp_path, monkeypatch):
+    """Added task may have an ordered split."""
     monkeypatch.setitem(
         tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(train=15, split="ordered")
     )
@@ -675,9 +710,8 @@ def test_added_task_may_have_an_ordered_split(riddles, tmp_path, monkeypatch):
     assert tasks.load_split("riddles", data_dir=tmp_path) == (list(range(15)), list(range(15, 20)))
 
 
-def test_added_task_with_too_few_samples_for_its_row_is_refused(
-    riddles, tmp_path, capsys, monkeypatch
-):
+def test_added_task_too_few_samples(riddles, tmp_path, capsys, monkeypatch):
+    """Added task with too few samples for its row is refused."""
     monkeypatch.setitem(
         tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(train=30, split="ordered")
     )
@@ -686,7 +720,8 @@ def test_added_task_with_too_few_samples_for_its_row_is_refused(
     assert not (tmp_path / "split").exists()
 
 
-def test_added_task_without_a_file_says_where_and_in_which_form(riddles, tmp_path, capsys):
+def test_added_task_without_file(riddles, tmp_path, capsys):
+    """Added task without a file says where and in which form."""
     riddles.unlink()
     assert run(tmp_path, "riddles") == 1
     error = error_of(capsys)
@@ -695,77 +730,227 @@ def test_added_task_without_a_file_says_where_and_in_which_form(riddles, tmp_pat
     assert "question" in error
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        ("[1, 2", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ('{"data": []}', "metadata"),
-        ('{"metadata": {"dataset_key": "other"}, "data": []}', "its dataset_key is not"),
-        ('{"metadata": {"dataset_key": "riddles"}, "data": [{"question": "?"}]}', "sample_index"),
-        (
-            '{"metadata": {"dataset_key": "riddles"}, "data": [{"sample_index": 1, "question": "?", "answer": "a"}]}',
-            "sample 0",
-        ),
-        (
-            '{"metadata": {"dataset_key": "riddles"}, "data": [{"sample_index": 0, "question": "?", "answer": 7}]}',
-            "sample 0",
-        ),
-        ('{"metadata": {"dataset_key": "riddles"}, "data": []}', "0 samples"),
-    ],
-)
-def test_added_task_in_a_wrong_form_is_refused(riddles, tmp_path, capsys, content, expected):
+RIDDLES = '{"metadata": {"dataset_key": "riddles"}, "data": '
+WRONG_FORMS = [
+    ("[1, 2", "not valid JSON"),
+    ("[]", "holds a JSON list"),
+    ('{"data": []}', "is not a dataset"),
+    ('{"metadata": {"dataset_key": "other"}, "data": [{}]}', "holds the task 'other'"),
+    (RIDDLES + '[{"question": "?"}]}', "sample 0 needs sample_index"),
+    (RIDDLES + '[{"sample_index": 1, "question": "?", "answer": "a"}]}', "sample 0"),
+    (RIDDLES + '[{"sample_index": 0, "question": "?", "answer": 7}]}', "sample 0"),
+    (RIDDLES + "[]}", "is not a dataset"),
+]
+
+
+@pytest.mark.parametrize("content, expected", WRONG_FORMS)
+def test_added_task_wrong_form(riddles, tmp_path, capsys, content, expected):
+    """Added task in a wrong form is refused."""
     riddles.write_text(content)
     assert run(tmp_path, "riddles") == 1
     assert expected in error_of(capsys)
     assert not (tmp_path / "split").exists()
 
 
-def test_added_task_with_a_gold_answer_of_another_kind_is_refused(
-    riddles, tmp_path, capsys, monkeypatch
-):
+def test_added_task_wrong_gold_answer(riddles, tmp_path, capsys, monkeypatch):
+    """Added task with a gold answer of another kind is refused."""
     monkeypatch.setitem(
-        tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(kind=tasks.KIND_NUMBER)
+        tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(answer_type=tasks.NUMBER)
     )
     assert run(tmp_path, "riddles") == 1
     assert error_of(capsys) == "error: the gold answer 'yes' of riddles is not a number"
     assert not (tmp_path / "split").exists()
 
 
-def test_added_task_is_not_prepared_unless_named(riddles, mirror, tmp_path, capsys):
+def test_added_task_must_be_named(riddles, mirror, tmp_path, capsys):
+    """Added task is not prepared unless named."""
     assert run(tmp_path, "--mirror", str(mirror)) == 0
     assert "riddles" not in (shown := capsys.readouterr().out) and "toy" not in shown
 
 
-@pytest.mark.parametrize("key", ["../riddles", "/etc/riddles", "..\\riddles", "c:riddles"])
-def test_key_that_leads_out_of_the_folder_is_refused(world, monkeypatch, tmp_path, capsys, key):
+@pytest.mark.parametrize("key", ["../riddles", "/etc/riddles", "a/../../b"])
+def test_prepare_key_leads_out(world, monkeypatch, tmp_path, capsys, key):
+    """A key that leads out of the folder is refused."""
     monkeypatch.setitem(tasks.TASKS, key, tasks.TASKS["toy"]._replace(key=key))
-    assert prepare.inside(tmp_path, "dataset/x..y.json") == tmp_path / "dataset/x..y.json"
-    with pytest.raises(files.UserError, match="leads out of"):
-        prepare.inside(tmp_path, key)
     assert run(tmp_path / "out", key) == 1
-    error_of(capsys)
+    assert "cannot be used as a name" in error_of(capsys)
     assert files_under(tmp_path) == []
 
 
-def test_toy_task_needs_nothing(world, tmp_path, capsys):
+def test_prepare_toy(world, tmp_path, capsys):
+    """Toy task needs nothing."""
     assert run(tmp_path, "toy") == 0
     assert "nothing to prepare" in capsys.readouterr().out
     assert files_under(tmp_path) == []
 
 
-def test_unknown_task_is_an_error_and_the_others_are_prepared(mirror, tmp_path, capsys):
+def test_prepare_unknown_task(mirror, tmp_path, capsys):
+    """Unknown task is an error and the others are prepared."""
     assert run(tmp_path / "out", "coinflip", "coin_flip", "--mirror", str(mirror)) == 1
     assert "coinflip" in error_of(capsys)
     assert (tmp_path / "out/dataset/coin_flip.json").exists()
 
 
-def test_command_runs_from_any_folder(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "data/prepare.py"), "toy"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+def test_main_from_any_folder(tmp_path):
+    """The command runs from any folder."""
+    command = [sys.executable, str(ROOT / "data/prepare.py"), "toy"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
     assert "toy" in done.stdout
+
+
+# ---------------------------------------------------------------- published completion files
+
+GOOD = "saved/completion_data/B_m__C_zs_cot/D_toy.json"
+TARGET = "completion_data/B_m__C_zs_cot/D_toy.json"
+TOY_ROWS = {
+    str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}]
+    for s in tasks.toy_samples(3)
+}
+TOY = json.dumps({"metadata": {"dataset_key": "toy"}, "data": TOY_ROWS}).encode()
+
+
+def pack(path: Path, *entries: tuple[str, bytes], **changes: object) -> Path:
+    """Make a tar.gz of (name, content), with changes to the header of the last."""
+    with tarfile.open(path, "w:gz") as tar:
+        for i, (name, content) in enumerate(entries, 1):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if i == len(entries):
+                for key, value in changes.items():
+                    setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def import_archive(path: Path, capsys) -> tuple[str | None, str]:
+    """Import into saved/ beside the archive; return (error, what was printed)."""
+    message = None
+    try:
+        prepare.main(["--completions", str(path), "--saved", str(path.parent / "saved")])
+    except SystemExit as e:
+        message = e.code
+    return message, capsys.readouterr().out
+
+
+@pytest.fixture
+def imported(tmp_path, capsys) -> str:
+    """Import good, torn and other files; give what was printed."""
+    path = pack(
+        tmp_path / "a.tar.gz",
+        (GOOD, TOY),
+        ("saved/README.md", b"hello"),
+        ("x/B_m__C_ft/F_ft__D_toy.json", TOY),  # as in older archives
+        ("/y/B_m__C_fs/T_x.json", TOY),
+        ("B_m__C_zs/D_toy.json", b"torn {"),
+        ("z/B_m__C_zs_cot/D_toy.json", TOY.replace(b"yes", b"no")),  # a second one of that name
+    )
+    message, out = import_archive(path, capsys)
+    assert message is None
+    return out
+
+
+def test_import_completions_of_an_archive(imported, tmp_path):
+    """Completion files are taken, wherever they are in the archive, and score."""
+    assert "B_m__C_zs/D_toy.json was left out: it is not valid JSON" in imported
+    assert files_under(tmp_path / "saved") == [
+        "completion_data/B_m__C_fs/T_x.json",
+        "completion_data/B_m__C_ft/F_ft__D_toy.json",
+        TARGET,
+    ]
+    assert (tmp_path / "saved" / TARGET).read_bytes() == TOY
+    score = evaluate.score(tmp_path / "saved" / TARGET, part="all", allow_partial=True)
+    assert score["n"] == 3
+
+
+def test_import_completions_again(imported, tmp_path, capsys):
+    """A file with other content is kept, one with the same content is named."""
+    (tmp_path / "saved" / TARGET).write_text("mine")
+    message, out = import_archive(tmp_path / "a.tar.gz", capsys)
+    assert message is None
+    assert f"{TARGET} is there already, with other content: it was kept" in out
+    assert "F_ft__D_toy.json is there already\n" in out
+    assert (tmp_path / "saved" / TARGET).read_text() == "mine"
+
+
+HOSTILE = [
+    ("../../B_m__C_zs/D_toy.json", {}, "outside the destination"),
+    ("B_m__C_zs/D_toy.json", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "absolute path"),
+    ("B_m__C_zs/D_toy.json", {"type": tarfile.LNKTYPE, "linkname": "../../x"}, "outside"),
+    ("fifo", {"type": tarfile.FIFOTYPE}, "is a special file"),
+    ("disk", {"type": tarfile.BLKTYPE}, "is a special file"),
+]
+
+
+@pytest.mark.parametrize("name, changes, reason", HOSTILE)
+def test_import_completions_hostile(name, changes, reason, tmp_path, capsys):
+    """Of an archive with one hostile entry nothing is taken."""
+    pack(tmp_path / "a.tar.gz", (GOOD, TOY), (name, TOY), **changes)
+    message, _ = import_archive(tmp_path / "a.tar.gz", capsys)
+    assert "cannot be imported" in message
+    assert reason in message
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_import_completions_links_are_left(tmp_path, capsys):
+    """A link within the archive is no completion file."""
+    link = {"type": tarfile.SYMTYPE, "linkname": "D_x.json"}
+    pack(tmp_path / "a.tar.gz", (GOOD, TOY), ("B_m__C_zs/D_toy.json", b""), **link)
+    message, _ = import_archive(tmp_path / "a.tar.gz", capsys)
+    assert message is None
+    assert files_under(tmp_path / "saved") == [TARGET]
+
+
+BIG = [
+    [("saved/completion_data/B_m__C_zs/D_toy.json", bytes(2 << 20))],
+    [(GOOD, TOY), *((f"{i}", bytes(1 << 20)) for i in range(5))],
+]
+
+
+@pytest.mark.parametrize("entries", BIG)
+def test_import_completions_bomb(entries, tmp_path, capsys, monkeypatch):
+    """An archive that unpacks to too much, in one file or in all, is stopped before it does."""
+    monkeypatch.setattr(prepare, "MAX_FILE_BYTES", 1 << 20)
+    monkeypatch.setattr(prepare, "MAX_ARCHIVE_BYTES", 3 << 20)
+    message, _ = import_archive(pack(tmp_path / "a.tar.gz", *entries), capsys)
+    assert "it unpacks to more than 1,048,576 bytes a file, or 3,145,728 in all" in message
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_import_completions_false_size(tmp_path, capsys):
+    """A header may claim any size: nothing is unpacked for it."""
+    header = tarfile.TarInfo(GOOD)
+    header.size = 1 << 50
+    packed = gzip.compress(header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))
+    (tmp_path / "a.tar.gz").write_bytes(packed)
+    message, _ = import_archive(tmp_path / "a.tar.gz", capsys)
+    assert "it unpacks to more than" in message
+
+
+def test_import_completions_none(tmp_path, capsys):
+    """An archive without completion files is told what one is called."""
+    pack(tmp_path / "a.tar.gz", ("README.md", b"hello"))
+    message, _ = import_archive(tmp_path / "a.tar.gz", capsys)
+    assert "it holds no completion file, B_<model>__C_<completion_key>/D_<task>.json" in message
+
+
+def test_import_completions_torn_anywhere(tmp_path, capsys):
+    """An archive that is cut off anywhere leaves whole files or none."""
+    whole = pack(tmp_path / "a.tar.gz", (GOOD, TOY)).read_bytes()
+    for end in range(0, len(whole) - 1, 5):
+        (tmp_path / "b.tar.gz").write_bytes(whole[:end])
+        message, _ = import_archive(tmp_path / "b.tar.gz", capsys)
+        assert message.startswith("error: ")
+        assert "\n" not in message
+        assert files_under(tmp_path / "saved") in ([], [TARGET])
+
+
+def test_import_completions_changed_byte(tmp_path, capsys):
+    """A byte that changed on the way is noticed before anything is taken."""
+    whole = bytearray(pack(tmp_path / "a.tar.gz", (GOOD, TOY)).read_bytes())
+    for at in range(30, len(whole), 3):  # from the end of gzip's header on
+        changed = bytes([*whole[:at], whole[at] ^ 1, *whole[at + 1 :]])
+        (tmp_path / "b.tar.gz").write_bytes(changed)
+        message, _ = import_archive(tmp_path / "b.tar.gz", capsys)
+        assert message
+        assert files_under(tmp_path / "saved") == []

@@ -1,24 +1,24 @@
-"""Votes, paired tests, tables and figures, each against a hand count or another formula.   python -m pytest tests/test_look.py"""
+"""Votes, paired tests and tables, each against a hand count or another formula.
+
+python -m pytest tests/extras/test_report.py
+"""
 
 import csv
 import itertools
 import math
 import re
 import statistics
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, answers_file
 
 import evaluate
-import finetune_cot
-import flags as flags_module
+import storage
 import tasks
-import storage as files
-from extras import filters
-from extras import report as look
-from extras import plot
-from storage import UserError
-from conftest import ROOT
+from extras import paper, report
+from extras.report import RunKey
 
 PUBLISHED = {
     "multiarith": 78.79,
@@ -27,51 +27,28 @@ PUBLISHED = {
     "strategy_qa": 53.45,
     "svamp": 64.20,
 }
+VOTES_LINE = (
+    "maj@3 90.00% [59.6, 98.2] of 10 questions; pass@1 76.67%, pass@2 93.33%, pass@3 100.00%"
+)
 
 
-@pytest.fixture
-def small_toy(monkeypatch):
-    """The toy task with 10 test questions."""
-    monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=33, train=23, test=10))
+def first(limit: int) -> Callable[[int, int], bool]:
+    """Return `right` for answers_file: the first so many questions are answered rightly."""
+    return lambda place, k: place < limit
 
 
-def answers_file(saved, right, name="D_toy__T_ft_cot__E_001", model="m", many=1, **metadata):
-    """A student's completion file on the small toy: right(question, k) says which of `many` answers are right; None: unreadable."""
-    _, test = tasks.load_split("toy")
-    samples = tasks.toy_samples(33)
-    data = {}
-    for place, i in enumerate(test):
-        wrong = "no" if samples[i]["answer"] == "yes" else "yes"
-        data[str(i)] = [
-            {
-                **{k: samples[i][k] for k in ("sample_index", "question", "answer")},
-                "completion_index": k,
-                "finish_reason": "stop",
-                "completion": {True: samples[i]["answer"], False: wrong, None: "?"}[
-                    right(place, k)
-                ],
-            }
-            for k in range(many)
-        ]
-    known = {
-        "dataset_key": "toy",
-        "base_model": model,
-        "completion_key": "ft_cot",
-        "train_key": "ft_cot",
-        "epoch": 1,
-        "part": "test",
-        "prediction_template": "ft_cot_token",
-        **metadata,
-    }
-    path = saved / "completion_data" / f"B_{model}__C_ft_cot" / f"{name}.json"
-    files.write_json(path, {"metadata": known, "data": data})
-    return path
-
-
-def cells(saved):
-    table, skipped = look.collect(look.saved_files(saved), saved)
+def collect(saved: Path) -> report.Table:
+    """Return the table of a folder in which every file has a score."""
+    table, skipped = report.collect(report.saved_files(saved), saved)
     assert not skipped
-    return {row: one["toy"] for (_, row), one in table.items()}
+    return table
+
+
+def accuracies(saved: Path) -> dict[str, float]:
+    """Return {label: accuracy on the toy} of a table."""
+    table = collect(saved)
+    labels = report.row_labels(table)
+    return {labels[key]: round(cells["toy"].accuracy, 2) for key, cells in table.items()}
 
 
 # ---------------------------------------------------------------- majority, pass@k
@@ -80,13 +57,14 @@ def cells(saved):
 @pytest.mark.parametrize(
     "n, correct, k", [(5, 2, 3), (5, 0, 2), (5, 5, 1), (6, 1, 6), (7, 3, 1), (8, 4, 5)]
 )
-def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(n, correct, k):
+def test_pass_at_k_counts_draws(n, correct, k):
+    """pass@k is the share of draws with a right answer."""
     draws = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
-    assert look.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert report.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 @pytest.mark.parametrize(
-    "outcomes, right",
+    "answers, right",
     [
         ([("7", True), ("8", False), ("8", False)], False),
         ([("8", False), ("7", True), ("7", True)], True),
@@ -98,164 +76,337 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(n, correct, k):
         ([], False),
     ],
 )
-def test_the_majority_is_of_the_answers_that_can_be_read(outcomes, right):
-    assert look.majority(outcomes) is right
+def test_majority_of_readable_answers(answers, right):
+    """The majority is of the answers that can be read."""
+    assert report.majority(answers) is right
 
 
-def test_votes_of_a_file_are_those_counted_by_hand(small_toy, tmp_path, capsys):
-    # questions 0-4: all three right; 5-7: two right; 8: one right, two unreadable; 9: one right, two wrong
-    def right(place, k):
-        return (
-            place < 5
-            or (place < 8 and k < 2)
-            or (k == 0 if place == 9 else True if k == 0 else False if place < 8 else None)
-        )
+@pytest.fixture
+def three_answers(report_toy, tmp_path):
+    """Three answers to ten questions: 0-4 all right; 5-7 two right; 8 one right, two unreadable;
+    9 one right, two wrong."""
+    right = [[True] * 3] * 5 + [[True, True, False]] * 3
+    right += [[True, None, None], [True, False, False]]
+    name = "D_toy__T_ft_cot__E_001__K_03_t70"
+    return answers_file(tmp_path, lambda place, k: right[place][k], name, many=3)
 
-    path = answers_file(tmp_path, right, many=3, name="D_toy__T_ft_cot__E_001__K_03_t70")
-    s = evaluate.score(path, data_dir=tmp_path)
-    v = look.score_with_votes(
-        path, part="test", split="default", data_dir=tmp_path, rules="paper", allow_partial=False
-    )["votes"]
-    assert (s["n"], s["questions"], s["correct"]) == (30, 10, 23)
-    assert (
-        v["k"],
-        v["questions"],
-        v["maj"],
-    ) == (3, 10, 90.0)
+
+def test_votes_counted_by_hand(three_answers, tmp_path):
+    """Votes of a file are those counted by hand."""
+    score = report.score_with_votes(three_answers, "test", "default", tmp_path, "paper", False)
+    votes = score["votes"]
+    assert (votes["k"], votes["questions"], votes["maj"]) == (3, 10, 90.0)
     pass_2 = (5 + 3 * 1 + 2 * (1 - math.comb(2, 2) / math.comb(3, 2))) / 10
-    assert v["pass"] == {1: pytest.approx(76.67, abs=0.01), 2: round(100 * pass_2, 2), 3: 100.0}
-    assert (v["maj_low"], v["maj_high"]) == pytest.approx(evaluate.wilson(9, 10), abs=0.01)
-    assert [s["low"], s["high"]] == pytest.approx(
-        evaluate.wilson(23 / 3, 10), abs=0.01
-    )  # 10 questions are 10, not 30
-    assert {row: round(one["accuracy"], 2) for row, one in cells(tmp_path).items()} == {
-        f"ft_cot, 3 samples a question, last epoch{vote}": x
-        for vote, x in (("", 76.67), (", maj@3", 90.0), (", pass@3", 100.0))
+    assert votes["pass"] == {1: 76.67, 2: round(100 * pass_2, 2), 3: 100.0}
+    interval = evaluate.wilson_interval(9, 10)
+    assert (votes["maj_low"], votes["maj_high"]) == pytest.approx(interval, abs=0.01)
+
+
+def test_votes_of_one_answer(report_toy, tmp_path):
+    """A file with one answer a question has no votes."""
+    path = answers_file(tmp_path, first(5))
+    score = report.score_with_votes(path, "test", "default", tmp_path, "paper", False)
+    assert "votes" not in score
+    assert score == evaluate.score(path, data_dir=tmp_path)
+
+
+def test_score_interval_is_over_questions(three_answers, tmp_path):
+    """Ten questions with three answers each are ten observations, not thirty."""
+    score = evaluate.score(three_answers, data_dir=tmp_path)
+    assert (score["n"], score["questions"], score["correct"]) == (30, 10, 23)
+    interval = evaluate.wilson_interval(23 / 3, 10)
+    assert (score["low"], score["high"]) == pytest.approx(interval, abs=0.01)
+
+
+def test_votes_have_rows(three_answers, tmp_path):
+    """Of several answers the table has the mean, the majority and pass@k."""
+    label = "ft_cot, 3 samples a question, last epoch"
+    assert accuracies(tmp_path) == {
+        label: 76.67,
+        f"{label}, maj@3": 90.0,
+        f"{label}, pass@3": 100.0,
     }
-    evaluate.main(["score", str(path), "--data", str(tmp_path)])
-    assert re.search(
-        r"maj@3 90\.00% \[59\.6, 98\.2\] of 10 questions; pass@1 76\.67%, pass@2 93\.33%, pass@3 100\.00%",
-        capsys.readouterr().out,
-    )
+
+
+def test_describe_votes_line(three_answers, tmp_path, capsys):
+    """`score` prints the votes in one line, which describe_votes gives too."""
+    score = evaluate.score(three_answers, data_dir=tmp_path)
+    assert report.describe_votes(score, tmp_path) == VOTES_LINE
+    evaluate.main(["score", str(three_answers), "--data", str(tmp_path)])
+    assert f"\n          {VOTES_LINE}\n" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- McNemar
 
 
 @pytest.mark.parametrize("first, second", [(0, 0), (1, 5), (0, 7), (3, 3), (4, 6), (9, 1)])
-def test_mcnemar_counts_the_coin_tosses_that_are_as_uneven(first, second):
+def test_mcnemar_counts_coin_tosses(first, second):
+    """p is the share of coin tosses that are at least as uneven."""
     n = first + second
-    tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
-    assert look.mcnemar(first, second) == pytest.approx(
-        sum(abs(2 * heads - n) >= abs(first - second) for heads in tosses) / 2**n
-    )
+    heads = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
+    uneven = [abs(2 * count - n) >= abs(first - second) for count in heads]
+    assert report.mcnemar(first, second) == pytest.approx(sum(uneven) / 2**n)
 
 
 def test_mcnemar_by_hand():
-    assert look.mcnemar(1, 5) == 2 * (1 + 6) / 64
-    assert look.mcnemar(10, 0) == 2 / 1024
+    """Two values from the binomial distribution."""
+    assert report.mcnemar(1, 5) == 2 * (1 + 6) / 64
+    assert report.mcnemar(10, 0) == 2 / 1024
 
 
-def test_diff_tests_questions_not_completions(small_toy, tmp_path, capsys):
-    a = answers_file(
-        tmp_path / "a", lambda place, k: place > 0 or k == 0, many=3
-    )  # question 0: one of three right, outvoted
+def test_diff_tests_questions(report_toy, tmp_path, capsys):
+    """diff counts completions, and tests questions by their majority."""
+    # question 0: one of three right, outvoted
+    a = answers_file(tmp_path / "a", lambda place, k: place > 0 or k == 0, many=3)
     b = answers_file(tmp_path / "b", lambda place, k: place > 3, many=3)
     evaluate.main(["diff", str(a), str(b), "--limit", "1"])
     text = capsys.readouterr().out
-    assert (
-        "30 completions in both files: 18 right in both, 10 in the first alone, 0 in the second alone, 2 in neither"
-        in text
-    )
-    assert (
-        "10 questions: 90.00% and 60.00% right; exact McNemar test: 3 against 0, p = 0.25" in text
-    )
+    counts = "18 right in both, 10 in the first alone, 0 in the second alone, 2 in neither"
+    assert f"30 completions in both files: {counts}" in text
+    shares = "10 questions: 90.00% and 60.00% right"
+    assert f"{shares}; exact McNemar test: 3 against 0, p = 0.25" in text
     assert text.count(f"right in {a}") == 1
     assert "and 9 more" in text
 
 
-# ---------------------------------------------------------------- the table
+def test_diff_prints_pairs(report_toy, tmp_path, capsys):
+    """diff prints both completions of a question where one is right, and no others."""
+    a = answers_file(tmp_path / "a", first(4))
+    b = answers_file(tmp_path / "b", lambda place, k: True if place in (0, 7) else None)
+    _, test = tasks.load_split("toy")
+    evaluate.main(["diff", str(a), str(b)])
+    text = capsys.readouterr().out
+    assert f"right in {a} (sample {test[1]}," in text
+    assert f"wrong in {b} (sample {test[1]}," in text
+    assert f"right in {b} (sample {test[7]}," in text
+    assert f"(sample {test[0]}," not in text
+    assert f"(sample {test[9]}," not in text
+    counts = "1 right in both, 3 in the first alone, 1 in the second alone, 5 in neither"
+    assert f"10 completions in both files: {counts}" in text
 
 
-def test_the_published_files_score_as_the_paper_says_in_every_format(shared, capsys):
-    texts = {}
-    for form in look.FORMATS:
-        evaluate.main(["table", "--saved", str(shared / "saved"), "--format", form])
-        texts[form] = capsys.readouterr().out.splitlines()
-    values = [f"{PUBLISHED[task]:.2f}" for task in tasks.TASKS if task in PUBLISHED]
-    for form, separator in (
-        ("terminal", r"\s{2,}"),
-        ("markdown", r"\s*\|\s*"),
-        ("latex", r"\s*&\s*|\s*\\\\$"),
-    ):
-        ours, paper = (
-            [
-                cell
-                for cell in re.split(
-                    separator, next(line for line in texts[form] if re.search(word, line))
-                )
-                if cell
-            ]
-            for word in (r"^\W*text-davinci-002", r"^(\W|quad)*paper")
-        )
-        assert ours[2:] == paper[1:] == values, form
-    assert texts["markdown"][1] == "|---|---|--:|--:|--:|--:|--:|"
-    assert r"text-davinci-002 & zs\_cot" in "\n".join(texts["latex"])
-    assert {line.count("&") for line in texts["latex"] if line.endswith(r"\\")} == {6}
+def test_diff_of_other_questions(report_toy, tmp_path):
+    """Files in which a question differs are not compared."""
+    a = answers_file(tmp_path / "a", first(4))
+    b = answers_file(tmp_path / "b", first(4))
+    b.write_text(b.read_text().replace("A coin is heads up", "A coin is tails up", 1))
+    with pytest.raises(SystemExit, match="compare two files of one task$"):
+        evaluate.main(["diff", str(a), str(b)])
 
 
-def test_columns_stand_in_the_paper_s_order():
-    with open(ROOT / "data" / "paper_results.csv", newline="") as f:
-        printed = [
-            r["dataset"]
-            for r in csv.DictReader(f)
-            if r["table"] == "table_1" and r["method"] == "random"
-        ]
-    assert printed == [
-        key for key in tasks.TASKS if key in printed
-    ]  # a benchmark of one's own may stand among them
+def test_show_each_kind(report_toy, tmp_path, capsys):
+    """show prints some completions of each kind, and how many there are."""
+    outcomes = [True] * 6 + [None] * 4
+    path = answers_file(tmp_path, lambda place, k: outcomes[place])
+    evaluate.main(["show", str(path), "--limit", "2"])
+    text = capsys.readouterr().out
+    assert "6 of 10 are right; the first 2:" in text
+    assert "4 of 10 are unreadable" in text
+    assert "0 of 10 are wrong" in text
+    _, test = tasks.load_split("toy")
+    question = tasks.toy_samples(33)[test[0]]["question"]
+    assert f"right (sample {test[0]}, completion 0)\n  question:   {question}" in text
+    assert f"right (sample {test[2]}," not in text
+    assert "paper:      None is wrong, of []" in text
 
 
-def test_a_run_s_epochs_are_named_by_how_they_were_chosen(small_toy, tmp_path):
+# ---------------------------------------------------------------- which runs are one row
+
+
+def untrained(saved: Path, name: str, limit: int, **metadata: object) -> Path:
+    """Write the completions of an untrained toy student."""
+    known = {"completion_key": "zs", "train_key": None, "epoch": None, "run": {"parameters": 1}}
+    return answers_file(saved, first(limit), name, **known | metadata)
+
+
+def test_collect_splits_of_one_method(report_toy, tmp_path):
+    """Two splits of a prompted method are two rows, and the labels name the split."""
+    train, test = tasks.default_split("toy")
+    split = {"train": train[:-1], "test": test}
+    storage.write_json(tmp_path / "split" / "toy__template.json", split)
+    untrained(tmp_path, "D_toy__S_default", 4)
+    untrained(tmp_path, "D_toy__S_template", 7, split="template")
+    assert accuracies(tmp_path) == {"zs, split default": 40.0, "zs, split template": 70.0}
+
+
+def test_collect_temperatures(report_toy, tmp_path):
+    """Answers sampled at two temperatures are rows of their own."""
+    for limit, temperature in ((4, 0.5), (7, 0.9)):
+        settings = {"temperature": temperature, "seed": 0}
+        name = f"D_toy__S_default__K_02_t{round(100 * temperature)}"
+        untrained(tmp_path, name, limit, settings=settings, many=2)
+    label = "zs, 2 samples a question"
+    table = accuracies(tmp_path)
+    assert table[f"{label}, temperature 0.5"] == 40.0
+    assert table[f"{label}, maj@2, temperature 0.9"] == 70.0
+    assert len(table) == 6
+
+
+def test_collect_seeds_of_the_toy_student(report_toy, tmp_path):
+    """Seeds of the untrained toy student are not epochs of one run."""
+    untrained(tmp_path, "D_toy__S_default", 4)
+    untrained(tmp_path, "D_toy__S_default_s1", 8)
+    expected = {"zs, seed 0": 40.0, "zs, seed 1": 80.0, "zs, mean of 2 seeds": 60.0}
+    assert accuracies(tmp_path) == expected
+
+
+def test_collect_mean_over_seeds(report_toy, tmp_path):
+    """Seeds have a row with mean and standard deviation."""
+    for seed, limit in ((0, 4), (1, 7), (2, 10)):
+        key = f"ft_cot_s{seed}".removesuffix("_s0")
+        name = f"D_toy__T_{key}__E_001"
+        answers_file(tmp_path, first(limit), name, train_key=key, run={"seed": seed})
+    table = collect(tmp_path)
+    [mean] = [cells["toy"] for key, cells in table.items() if key.seeds == ("0", "1", "2")]
+    assert mean.accuracy == pytest.approx(70)
+    assert mean.spread == pytest.approx(statistics.stdev([40, 70, 100]))
+    lines = report.terminal(report.table_lines(table, {}))
+    at = next(i for i, line in enumerate(lines) if "ft_cot, last epoch, mean of 3 seeds" in line)
+    assert lines[at].endswith("70.00")
+    assert re.match(r"\s+standard deviation\s+30\.00$", lines[at + 1])
+
+
+@pytest.mark.parametrize("other", [{"epochs": 20}, {"lr": 0.1}])
+def test_collect_mean_needs_equal_settings(report_toy, tmp_path, other):
+    """Runs whose recorded settings differ in more than the seed have no mean."""
+    usual = {"epochs": 1, "lr": 0.2}
+    answers_file(tmp_path, first(4), run=usual | {"seed": 0})
+    name = "D_toy__T_ft_cot_s1__E_001"
+    run = usual | {"seed": 1} | other
+    answers_file(tmp_path, first(8), name, train_key="ft_cot_s1", run=run)
+    expected = {"ft_cot, last epoch": 40.0, "ft_cot_s1, last epoch": 80.0}
+    assert accuracies(tmp_path) == expected
+
+
+def test_row_labels_are_unique():
+    """Keys that differ in any one field have labels that differ, or other models."""
+    key = RunKey("m", "ft", "ft", "test", "default")
+    others = {
+        "model": "other",
+        "method": "zs",
+        "train_key": "ft_s1",
+        "part": "all",
+        "split": "template",
+        "samples": 4,
+        "temperature": "0.7",
+        "seed": "1",
+        "epoch": "last epoch",
+        "vote": "maj@4",
+        "seeds": ("0", "1"),
+    }
+    assert set(others) == set(RunKey._fields)
+    for name, value in others.items():
+        labels = report.row_labels([key, key._replace(**{name: value})])
+        assert len({(key.model, label) for key, label in labels.items()}) == 2
+
+
+def test_chosen_epochs_last_and_best(report_toy, tmp_path):
+    """A run's epochs are named by how they were chosen."""
     for epoch, limit in ((1, 4), (2, 8), (3, 6)):
-        answers_file(
-            tmp_path, lambda place, k: place < limit, f"D_toy__T_ft_cot__E_{epoch:03d}", epoch=epoch
-        )
-    rows = cells(tmp_path)
-    assert {row: s["accuracy"] for row, s in rows.items()} == {
+        answers_file(tmp_path, first(limit), f"D_toy__T_ft_cot__E_{epoch:03d}", epoch=epoch)
+    assert accuracies(tmp_path) == {
         "ft_cot, last epoch": 60.0,
         "ft_cot, best test epoch (the paper's protocol)": 80.0,
     }
 
 
-def test_rows_are_in_the_order_of_methods_and_numbers_and_teachers_come_first(small_toy, tmp_path):
-    for key in ("ft_cot_16aug", "ft_cot_2aug"):
-        answers_file(tmp_path, lambda place, k: True, f"D_toy__T_{key}__E_001", train_key=key)
-    answers_file(
-        tmp_path,
-        lambda place, k: True,
-        "D_toy__S_default",
-        completion_key="zs",
-        train_key=None,
-        epoch=None,
-    )
-    path = answers_file(
-        tmp_path,
-        lambda place, k: True,
-        "D_toy",
-        "z",
-        completion_key="zs_cot",
-        train_key=None,
-        epoch=None,
-        part=None,
-    )
-    content = files.read_json(path)  # a teacher has answered all questions
-    content["data"] = {
-        str(s["sample_index"]): [{**s, "completion_index": 0, "completion": "yes"}]
-        for s in tasks.toy_samples(33)
+def test_chosen_epochs_on_validation(report_toy, tmp_path):
+    """Where the files have a validation share, a row has the epoch that is best on it; the
+    accuracy is of the test part alone."""
+    train, test = tasks.load_split("toy")
+    rest, aside = tasks.split_off_validation(train, 0.4, 0)
+    for epoch, on_test, on_validation in [(1, 2, 9), (2, 8, 4), (3, 5, 3)]:
+        right = [place < on_test for place in range(len(test))]
+        right += [place < on_validation for place in range(len(aside))]
+        answers_file(
+            tmp_path,
+            lambda place, k, right=right: right[place],
+            f"D_toy__T_ft_cot__E_{epoch:03d}",
+            epoch=epoch,
+            indices=test + aside,
+            validation=aside,
+        )
+    assert accuracies(tmp_path) == {
+        "ft_cot, last epoch": 50.0,
+        "ft_cot, best test epoch (the paper's protocol)": 80.0,
+        "ft_cot, epoch chosen on validation": 20.0,
     }
-    files.write_json(path, content)
-    lines = look.table_lines(look.collect(look.saved_files(tmp_path), tmp_path)[0], {})
+
+
+# ---------------------------------------------------------------- the table as text
+
+
+def line_of(lines: list[str], pattern: str, separator: str) -> list[str]:
+    """Return the cells of the first line that matches."""
+    line = next(line for line in lines if re.search(pattern, line))
+    return [cell for cell in re.split(separator, line) if cell]
+
+
+@pytest.mark.parametrize(
+    "form, separator",
+    [
+        ("terminal", r"\s{2,}"),
+        ("markdown", r"\s*\|\s*"),
+        ("latex", r"\s*&\s*|\s*\\\\$"),
+    ],
+)
+def test_table_of_published_files(shared, capsys, form, separator):
+    """The published files score as the paper says, in every format."""
+    evaluate.main(["table", "--saved", str(shared / "saved"), "--format", form])
+    lines = capsys.readouterr().out.splitlines()
+    values = [f"{PUBLISHED[task]:.2f}" for task in tasks.TASKS if task in PUBLISHED]
+    ours = line_of(lines, r"^\W*text-davinci-002", separator)
+    assert ours[1].replace("\\", "") == "zs_cot, all questions"
+    assert ours[2:] == values
+    assert line_of(lines, r"^(\W|quad)*paper", separator)[1:] == values
+
+
+def test_table_head_of_markdown_and_latex(shared, capsys):
+    """Markdown has its line of dashes; LaTeX escapes, and its lines have as many columns."""
+    for form in ("markdown", "latex"):
+        evaluate.main(["table", "--saved", str(shared / "saved"), "--format", form])
+    text = capsys.readouterr().out
+    assert "\n|---|---|--:|--:|--:|--:|--:|\n" in text
+    assert r"text-davinci-002 & zs\_cot" in text
+    assert r" & \quad 95\% interval & " in text
+    assert {line.count("&") for line in text.splitlines() if line.endswith(r"\\")} == {6}
+
+
+def test_table_of_nothing(tmp_path):
+    """A folder without completion files is one sentence."""
+    with pytest.raises(
+        SystemExit, match="^error: there is nothing to show under .*/completion_data$"
+    ):
+        evaluate.main(["table", "--saved", str(tmp_path)])
+
+
+def test_table_names_what_is_left_out(report_toy, tmp_path, capsys):
+    """A file without a score is named on stderr."""
+    answers_file(tmp_path, first(4))
+    bad = answers_file(tmp_path, first(4), "D_toy__T_bad__E_001", indices=[0], train_key="bad")
+    evaluate.main(["table", "--saved", str(tmp_path), "--data", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert "ft_cot, last epoch" in captured.out
+    assert f"not in the table: {bad} lacks 9 of the 10 samples" in captured.err
+
+
+def test_tasks_in_the_paper_s_order():
+    """Columns stand in the paper's order; a benchmark of one's own may stand among them."""
+    with open(ROOT / "data" / "paper_results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if row["table"] == "table_1" and row["method"] == "random"]
+    printed = [row["dataset"] for row in rows]
+    assert printed == [key for key in tasks.TASKS if key in printed]
+
+
+def test_table_lines_order(report_toy, tmp_path):
+    """Teachers come first, then methods in the paper's order, and 2aug before 16aug."""
+    for key in ("ft_cot_16aug", "ft_cot_2aug"):
+        answers_file(tmp_path, first(10), f"D_toy__T_{key}__E_001", train_key=key)
+    untrained(tmp_path, "D_toy__S_default", 10)
+    teacher = {"completion_key": "zs_cot", "train_key": None, "epoch": None, "part": None}
+    answers_file(tmp_path, first(33), "D_toy", "z", indices=range(33), **teacher)
+    lines = report.table_lines(collect(tmp_path), {})
     assert [line[1] for line in lines[2::2]] == [
         "zs_cot, all questions",
         "zs",
@@ -264,283 +415,45 @@ def test_rows_are_in_the_order_of_methods_and_numbers_and_teachers_come_first(sm
     ]
 
 
-def test_seeds_have_a_row_with_mean_and_standard_deviation(small_toy, tmp_path):
-    for seed, limit in ((0, 4), (1, 7), (2, 10)):
-        key = "ft_cot" + (f"_s{seed}" if seed else "")
-        answers_file(
-            tmp_path,
-            lambda place, k: place < limit,
-            f"D_toy__T_{key}__E_001",
-            train_key=key,
-            run={"seed": seed},
-        )
-    mean = cells(tmp_path)["ft_cot, last epoch, mean of 3 seeds"]
-    assert mean["accuracy"] == pytest.approx(70)
-    assert mean["spread"] == pytest.approx(statistics.stdev([40, 70, 100]))
-    lines = look.terminal(
-        look.table_lines(look.collect(look.saved_files(tmp_path), tmp_path)[0], {})
-    )
-    at = next(i for i, line in enumerate(lines) if "mean of 3 seeds" in line)
-    assert lines[at].endswith("70.00")
-    assert re.match(r"\s+standard deviation\s+30\.00$", lines[at + 1])
+# ---------------------------------------------------------------- the paper's values
 
 
-def test_the_paper_s_diverse_value_stands_beside_its_own_degree_only():
-    results = look.read_paper_results()
-    cell = {"model": "gpt2-large", "method": "ft_cot", "split": "default"}
-
-    def value(task, key, **change):
-        return look.paper_value(results, {**cell, "task": task, "train_key": key, **change})
-
-    assert value("multiarith", "ft_cot_64aug") is not None
-    assert value("coin_flip", "ft_cot_8aug") is not None
-    assert (
-        value("multiarith", "ft_cot_8aug")
-        is value("coin_flip", "ft_cot_64aug")
-        is value("coin_flip", "ft_cot_lr0.001")
-        is None
-    )
-    assert (
-        value("coin_flip", "ft_cot", model="google-t5_t5-base")
-        == results["t5_base", "fine_tune_cot", "coin_flip"]
-    )
-    assert value("coin_flip", "ft_cot", measure="maj") is None
+def published(task: str, train_key: str, **change: object) -> float | None:
+    """Return the paper's value beside a run of gpt2-large."""
+    key = RunKey("gpt2-large", "ft_cot", train_key, "test", "default")
+    return report.paper_value(paper.read_results(), key._replace(**change), task)
 
 
-# ---------------------------------------------------------------- figures
+def test_paper_value_of_diverse_reasoning():
+    """The paper's diverse value stands beside its own degree only."""
+    results = paper.read_results()
+    diverse = results["gpt2_large", "fine_tune_cot_diverse", "multiarith"]
+    assert published("multiarith", "ft_cot_64aug") == diverse
+    assert published("multiarith", "ft_cot") != diverse
+    assert published("coin_flip", "ft_cot_8aug") is not None
+    assert published("multiarith", "ft_cot_8aug") is None
+    assert published("coin_flip", "ft_cot_64aug") is None
 
 
-def test_a_figure_s_points_are_the_runs_by_what_a_study_varied(small_toy, tmp_path):
-    for degree, seed, limit in ((1, 0, 4), (1, 1, 6), (8, 0, 9)):
-        key = f"ft_cot_{degree}aug_s{seed}"
-        answers_file(
-            tmp_path,
-            lambda place, k: place < limit,
-            f"D_toy__T_{key}__E_001",
-            train_key=key,
-            run={
-                "seed": seed,
-                "degree": degree,
-                "questions": 23,
-                "temperature": 0.7 * (degree > 1),
-                "parameters": 1000,
-            },
-        )
-    answers_file(
-        tmp_path,
-        lambda place, k: place < 5,
-        "D_toy__T_ft__E_001",
-        train_key="ft",
-        completion_key="ft",
-        run={"questions": 23, "parameters": 1000},
-    )
-    runs, _ = look.scored_runs(look.saved_files(tmp_path), tmp_path)
-    figure = plot.ours([s for many in runs.values() for s in many], "degree")["toy"]
-    assert {
-        name: {x: [s["accuracy"] for s in many] for x, many in points.items()}
-        for name, points in figure.items()
-    } == {"m ft_cot": {1: [40.0, 60.0], 8: [90.0]}, "m ft": {None: [50.0]}}
-    assert plot.band(figure["m ft_cot"][1]) == pytest.approx(
-        (50, 50 - statistics.stdev([40, 60]), 50 + statistics.stdev([40, 60]))
-    )
-    assert plot.band(figure["m ft_cot"][8])[1:] == pytest.approx(evaluate.wilson(9, 10), abs=0.01)
-    by_size = plot.ours([s for many in runs.values() for s in many], "student")["toy"]
-    assert {name: set(points) for name, points in by_size.items()} == {
-        "m ft": {1000},
-        "m ft_cot, degree 1, temperature 0.0": {1000},
-        "m ft_cot, degree 8, temperature 0.7": {1000},
-    }
-
-
-def test_the_paper_s_points_are_those_of_its_figures_and_tables():
-    assert (
-        plot.published("degree", {"curie"})["svamp"]["paper: curie ft_cot diverse"][64.0] == 30.33
-    )
-    assert plot.published("train_size", {"curie"})["svamp"]["paper: curie ft"][8.0] == 1.0
-    assert plot.published("teacher", {"curie"})["svamp"]["paper: curie ft_cot"]["davinci"] == 5.0
-    points = plot.published("student", {"gpt2", "gpt2_large"})["coin_flip"]["paper: gpt2 ft_cot"]
-    assert points == {
-        124e6: look.read_paper_results()["gpt2", "fine_tune_cot", "coin_flip"],
-        774e6: look.read_paper_results()["gpt2_large", "fine_tune_cot", "coin_flip"],
-    }
-    assert plot.published("curves", {"curie"}) == {}
-
-
-def test_sizes_are_written_as_people_do():
-    assert [plot.size_name(n) for n in (124e6, 6.7e9, 429_000)] == ["124M", "6.7B", "0.429M"]
-
-
-def test_without_matplotlib_one_sentence_says_so(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(
-        SystemExit, match="^error: figures need matplotlib, which nothing else here does"
-    ):
-        evaluate.main(["plot", "degree", "--out", str(tmp_path / "f.png")])
-
-
-def test_every_figure_is_drawn(small_toy, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    for epoch, limit in ((1, 4), (2, 9)):
-        answers_file(
-            tmp_path,
-            lambda place, k: place < limit,
-            f"D_toy__T_ft_cot__E_{epoch:03d}",
-            epoch=epoch,
-            run={"degree": 2, "seed": 0, "questions": 23, "parameters": 1000, "teacher": "toy"},
-        )
-    for kind in plot.KINDS:
-        evaluate.main(
-            [
-                "plot",
-                kind,
-                "--saved",
-                str(tmp_path),
-                "--data",
-                str(tmp_path),
-                "--out",
-                str(tmp_path / f"{kind}.png"),
-                "--paper",
-                "curie",
-            ]
-        )
-        assert (tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
-        assert "plot: " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="the name of a figure ends in .png, .pdf, .svg$"):
-        evaluate.main(
-            ["plot", "degree", "--saved", str(tmp_path), "--out", str(tmp_path / "f.docx")]
-        )
-    with pytest.raises(SystemExit, match="there is no student in"):
-        evaluate.main(
-            ["plot", "degree", "--saved", str(tmp_path / "none"), "--out", str(tmp_path / "f.png")]
-        )
-
-
-# ---------------------------------------------------------------- filters beyond the paper's
-
-
-def flags(*more):
-    [args] = finetune_cot.parse_args(["--stage", "curate", *map(str, more)])
-    return args
-
-
-ROWS = [
-    {
-        "sample_index": i,
-        "completion_index": k,
-        "reasoning_completion": text,
-        "reasoning_finish_reason": reason,
-    }
-    for i, k, text, reason in [
-        (0, 0, "one two three four five six", "stop"),
-        (0, 1, "one two three four five six ", "stop"),
-        (0, 2, "one two three four five seven", "stop"),
-        (0, 3, "a wholly different way to say it", "length"),
-        (1, 0, "one two three four five six", "stop"),
-        (1, 1, "a b c d e f g h i j k l m n o p q r s t", "stop"),
-    ]
-]
+def test_paper_value_of_the_same_model():
+    """Hub names and folder names are the paper's models."""
+    value = paper.read_results()["t5_base", "fine_tune_cot", "coin_flip"]
+    assert published("coin_flip", "ft_cot", model="google-t5_t5-base") == value
 
 
 @pytest.mark.parametrize(
-    "options, kept, said",
+    "change",
     [
-        ((), [0, 1, 2, 3, 4, 5], ""),
-        (("--drop_unfinished",), [0, 1, 2, 4, 5], "dropped 1 of 6 rationales: unfinished"),
-        (("--drop_duplicates",), [0, 2, 3, 4, 5], "dropped 1 of 6 rationales: a duplicate"),
-        (
-            ("--max_similarity", 0.5),
-            [0, 3, 4, 5],
-            "dropped 2 of 6 rationales: similar to another",
-        ),  # 3 of 5 triples shared: 0.6
-        (
-            ("--max_similarity", 0.7),
-            [0, 2, 3, 4, 5],
-            "dropped 1 of 6 rationales: similar to another",
-        ),
-        (
-            ("--max_per_question", 1),
-            [0, 4],
-            "dropped 4 of 6 rationales: one too many of its question",
-        ),
-        (("--max_rationale_words", 10), [0, 1, 2, 3, 4], "dropped 1 of 6 rationales: too long"),
-        (
-            ("--drop_duplicates", "--max_per_question", 2),
-            [0, 2, 4, 5],
-            "dropped 1 of 6 rationales: one too many",
-        ),
+        {"train_key": "ft_cot_few_shot_8", "split": "few_shot_8"},
+        {"train_key": "ft_cot_lr0.001"},
+        {"train_key": "mine"},
+        {"split": "template"},
+        {"model": "gpt3"},
+        {"vote": "maj@4"},
+        {"seeds": ("0", "1")},
     ],
 )
-def test_a_filter_drops_what_it_says_and_says_how_many(options, kept, said, capsys):
-    assert filters.leave_out(flags(*options), ROWS) == [ROWS[i] for i in kept]
-    assert said in capsys.readouterr().out
-
-
-def test_filters_that_leave_nothing_are_refused():
-    with pytest.raises(UserError, match=r"none of 6 rationales is left \(6 too long\)"):
-        filters.leave_out(flags("--max_rationale_words", 1), ROWS)
-
-
-def test_unfiltered_rationales_keep_their_teacher_s_answer(capsys):
-    judged = [
-        ({"sample_index": i, "answer": "7"}, tasks.grade("svamp", "zs_cot", text, "7"))
-        for i, text in enumerate([" 7.", " 8.", " no idea", " 7", " 9.5"])
-    ]
-
-    def chosen(name, *more):
-        return [
-            (row["sample_index"], row["answer"])
-            for row in filters.choose(flags("--filter", name, *more), judged)
-        ]
-
-    assert chosen("right") == [(0, "7"), (3, "7")]
-    assert chosen("all") == [(0, "7"), (1, "8"), (3, "7"), (4, "9.5")]
-    assert chosen("wrong") == [
-        (1, "8"),
-        (4, "9.5"),
-    ]
-    assert (
-        "2 of 5 rationales are right, 2 wrong, 1 have no readable answer" in capsys.readouterr().out
-    )
-    assert len(chosen("random")) == 2
-    assert chosen("random") == chosen("random")
-    assert len({tuple(chosen("random", "--data_seed", s)) for s in range(9)}) > 1
-
-
-def test_filters_stand_in_names_and_settings_and_the_default_changes_neither():
-    assert flags_module.train_key(flags(), "ft_cot") == "ft_cot_2aug"
-    assert flags_module.curation_options(flags()) == {}
-    args = flags(
-        "--filter", "all", "--max_per_question", 3, "--drop_unfinished", "--lr", 0.01, "--seed", 4
-    )
-    assert flags_module.train_key(args, "ft_cot") == "ft_cot_2aug_all_3each_finished_lr0.01_s4"
-    assert flags_module.train_key(args, "ft") == "ft_lr0.01_s4"
-    assert flags_module.finetune_key(args, "ft_cot") == "zs_cot_t70_toy_2aug_all_3each_finished"
-    assert flags_module.curation_options(args) == {
-        "filter": "all",
-        "max_per_question": 3,
-        "drop_unfinished": True,
-    }
-
-
-def test_curation_shows_samples_to_be_read(small_toy, tmp_path, capsys):
-    for label_style in ("token", "gpt3"):
-        finetune_cot.main(["--stage", "sample", "--saved", str(tmp_path)])
-        finetune_cot.main(
-            [
-                "--stage",
-                "curate",
-                "--saved",
-                str(tmp_path),
-                "--method",
-                "ft_cot",
-                "--show",
-                "3",
-                "--label_style",
-                label_style,
-            ]
-        )
-    text = capsys.readouterr().out
-    assert text.count("  input: 'A coin is heads up.") == text.count("  label: ' ") == 3
-    assert text.count('"completion": " ') == 3
-    with pytest.raises(SystemExit, match="--show goes with --stage curate"):
-        finetune_cot.main(["--show", "3", "--saved", str(tmp_path)])
+def test_paper_value_of_other_runs(change):
+    """The paper's value stands beside the paper's own cells only."""
+    assert published("multiarith", "ft_cot") is not None
+    assert published("multiarith", **{"train_key": "ft_cot"} | change) is None
