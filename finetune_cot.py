@@ -204,10 +204,7 @@ def load_benchmark(args: Namespace, validation: float = 0.0) -> Benchmark:
 
 
 def plan_curation(args: Namespace, method: str) -> curation.CurationPlan:
-    """Read the benchmark and, for ft_cot, the completions, and say what the file is made from.
-
-    Raises UserError where there are no completions.
-    """
+    """Read all inputs and say what the file is made from.  Raises UserError if some are missing."""
     family = student_family(args)
     template = student_template(args, method)
     benchmark = load_benchmark(args, args.validation)
@@ -387,6 +384,7 @@ def run_metadata(args: Namespace, method: str, questions: int, model: object) ->
 
 
 def score_student(args: Namespace, method: str, path: Path, epoch: int | None) -> dict:
+    """Score a completion file on the test part and print the accuracy."""
     result = evaluate.score(path, "test", args.split, args.data)
     when = f" epoch {epoch}" if epoch else ""
     print(
@@ -476,6 +474,7 @@ def run(args: Namespace, ranks: Ranks) -> list[dict]:
 
 
 def curate_method(args: Namespace, ranks: Ranks, method: str) -> str:
+    """Curate one method on rank 0; return the SHA-256 of its file."""
     path = flags.finetune_file(args, method, student_family(args))
     with storage.file_lock(path, ranks.is_rank0, timeout=60):  # other seeds may share it
         sha256 = on_rank0(ranks, lambda: curate(args, method))

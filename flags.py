@@ -81,6 +81,7 @@ def with_defaults(args: Namespace) -> Namespace:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make the parser of all flags, in titled groups."""
     parser = argparse.ArgumentParser(
         usage=USAGE,
         description=description,
@@ -102,6 +103,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 # fmt: off
 def add_run_flags(add: Callable) -> None:
+    """Add the flags of what to run."""
     names = ", ".join(tasks.TASKS)
     methods = [*PROMPTED, *FINE_TUNED]
     stages = ["all", "sample", "curate", "train", "evaluate"]
@@ -129,6 +131,7 @@ def add_file_flags(add: Callable) -> None:
 
 
 def add_teacher_flags(add: Callable) -> None:
+    """Add the flags of how the teacher is asked."""
     methods = ["zs", "zs_cot", "zs_cot_one_step", "fs_cot"]
     add("--teacher_method", nargs="+", choices=methods, default="zs_cot", help="prompting method "
         "of the teacher (default zs_cot, two steps; one step costs less)")
@@ -169,6 +172,7 @@ def add_api_flags(add: Callable) -> None:
 
 
 def add_curation_flags(add: Callable) -> None:
+    """Add the flags of which rationales are kept."""
     styles = [*tasks.LABEL_STYLES, *API_FAMILIES]
     filters = ["right", "all", "random", "wrong"]
     add("--rules", choices=["paper", "flexible"], help="rules that read the answer (default "
@@ -191,6 +195,7 @@ def add_curation_flags(add: Callable) -> None:
 
 
 def add_training_flags(add: Callable) -> None:
+    """Add the flags of the optimizer and its schedule."""
     schedules = ["constant", "linear", "cosine"]
     add("--epochs", type=int, help="default 20, the paper's; toy 5")
     add("--batch_size", nargs="+", type=int, help="samples of an optimizer step, over all ranks "
@@ -207,6 +212,7 @@ def add_training_flags(add: Callable) -> None:
 
 
 def add_hardware_flags(add: Callable) -> None:
+    """Add the flags of speed and memory."""
     families = ["decoder", "encoder_decoder"]
     precisions = ["fp32", "tf32", "bf16", "fp16"]
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -228,6 +234,7 @@ def add_hardware_flags(add: Callable) -> None:
 
 
 def add_checkpoint_flags(add: Callable) -> None:
+    """Add the flags of checkpoints and log lines."""
     add("--checkpoint_every", type=int, default=1, help="epochs between checkpoints to resume "
         "from (default 1; 0 never)")
     add("--checkpoint_steps", type=int, default=0, help="steps between checkpoints within an "
@@ -239,6 +246,7 @@ def add_checkpoint_flags(add: Callable) -> None:
 
 
 def add_evaluation_flags(add: Callable) -> None:
+    """Add the flags of how the student is evaluated."""
     add("--eval_every", type=int, default=0, help="epochs between evaluations (default 0: at the "
         "end alone; paper 1)")
     add("--validation", type=float, default=0.0, help="share of the training questions set aside "
@@ -278,6 +286,7 @@ def check(args: Namespace) -> None:
 
 
 def check_numbers(args: Namespace) -> None:
+    """Refuse numbers out of range, NaN included."""
     for name in AT_LEAST_1:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -295,6 +304,7 @@ def check_numbers(args: Namespace) -> None:
 
 
 def check_training(args: Namespace) -> None:
+    """Refuse flags of training that contradict each other."""
     has_one_student = len(args.method) == 1
     if args.finetune_data and (args.stage != "train" or not (has_one_student or args.out)):
         raise UserError("--finetune_data goes with --stage train and --out DIR (or one --method)")
@@ -310,6 +320,7 @@ def check_training(args: Namespace) -> None:
 
 
 def check_curation(args: Namespace) -> None:
+    """Refuse filters out of range, and a degree that would repeat one rationale."""
     for flag in ("max_rationale_words", "max_per_question", "show"):
         if getattr(args, flag) < 0:
             raise UserError(f"--{flag} {getattr(args, flag)} must be 0 or more")
@@ -325,6 +336,7 @@ def check_curation(args: Namespace) -> None:
 
 
 def check_api(args: Namespace) -> None:
+    """Refuse incomplete prices, and API flags without an API."""
     has_prices = args.price_in is not None
     if has_prices != (args.price_out is not None) or (args.max_cost is not None and not has_prices):
         raise UserError(
@@ -432,6 +444,7 @@ def teacher_file(args: Namespace) -> Path:
 
 
 def teacher_metadata(args: Namespace) -> dict:
+    """Return what the teacher's completion file says of itself."""
     return {
         "dataset_key": args.task,
         "base_model": teacher_name(args),
@@ -471,6 +484,7 @@ def finetune_key(args: Namespace, method: str) -> str:
 
 
 def finetune_file(args: Namespace, method: str, family: str) -> Path:
+    """Return the fine-tuning file of a method, for students of a family."""
     name = f"F_{safe_key(finetune_key(args, method))}"
     folder = Path(args.saved) / "finetune_data"
     if family == "openai":

@@ -284,20 +284,23 @@ def peer_failure_message(error: RuntimeError) -> str:
     return f"error: another rank has ended, so this one ends too: {kept}"
 
 
-@contextlib.contextmanager
-def write_errors(path: AnyPath) -> Iterator[None]:
-    """Turn what libraries raise where they cannot write into an OSError that names path."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
-    except Exception as e:  # tokenizers raise Exception itself
-        known = type(e).__name__ in ("Exception", "RuntimeError", "SafetensorError")
-        if not known or not WRITE_FAILURE.search(str(e)):
-            raise
-        reason = str(e).splitlines()[0]
-        remedy = "make room; what was there before is kept"
-        raise OSError(f"{path} could not be written ({reason}): {remedy}") from None
+def write_errors(path: AnyPath) -> contextlib.ExitStack:
+    """Turn what libraries raise where they cannot write into an OSError that names path.
+
+    Not an `except`: tokenizers raise Exception itself, and that would catch everything else too.
+    """
+
+    def name_path(kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        is_known = error and kind.__name__ in ("Exception", "RuntimeError", "SafetensorError")
+        if is_known and WRITE_FAILURE.search(str(error)):
+            what = f"{path} could not be written ({str(error).splitlines()[0]})"
+            raise OSError(f"{what}: make room; what was there before is kept") from None
+
+    stack = contextlib.ExitStack()
+    stack.push(name_path)
+    return stack
 
 
 @contextlib.contextmanager

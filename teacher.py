@@ -225,6 +225,7 @@ async def ask(session: ApiSession, plan: SamplingConfig, request: Request) -> No
     cost = session.api.dollars(prompt_tokens, completion_tokens)
 
     async def send() -> list[JournalRow]:
+        """Send the request once and read its reply."""
         response = await session.client.post(
             ENDPOINTS[plan.api],
             body=request.body,
@@ -326,6 +327,7 @@ class Dataset(NamedTuple):
 
 
 def make_dataset(plan: SamplingConfig, samples: Samples, rows: Rows) -> Dataset:
+    """Make completions of the journal rows; count those that lack a step."""
     data: dict[str, list[Completion]] = {}
     used = []
     missing = 0

@@ -212,6 +212,7 @@ class LabelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss; from here on logits hold their gradient."""
         rows = 64 if logits.device.type == "cpu" else 2048  # 64 stay in a CPU's cache
         loss = torch.zeros((), device=logits.device)
         for part, ids in zip(logits.split(rows), targets.split(rows), strict=True):

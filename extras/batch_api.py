@@ -228,6 +228,7 @@ async def submit_shard(batches: Batches, requests: list[Request], content: bytes
     notes.append([intent])
 
     async def create() -> str:
+        """Create the batch of the shard, unless it is there; return its id."""
         found = await find_batch(batches, number)
         if found:  # an attempt whose reply got lost
             return found
@@ -313,6 +314,7 @@ async def download(batches: Batches, file_id: str, expected: int) -> list[Any]:
     previous = ""
 
     async def send() -> list[Any]:
+        """Download the lines once; raise where the file is not whole yet."""
         nonlocal previous
         try:
             reply = await batches.session.client.files.content(file_id)

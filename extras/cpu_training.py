@@ -117,6 +117,7 @@ class OneDnnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and weight."""
         x, weight = ctx.saved_tensors
         x_grad = None
         weight_grad = None
