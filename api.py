@@ -6,9 +6,11 @@ teacher.py says what is asked; extras/batch_api.py uses the same session for bat
 import asyncio
 import collections
 import contextlib
+import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -16,9 +18,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict, get_type_hints
+from typing import Any, NamedTuple, NotRequired, TypedDict, get_args, get_type_hints
 
+import replies
+import servers
 import storage
+from replies import InvalidReplyError, read_usage
 from storage import UserError
 
 BACKOFF = 0.5  # seconds: random waits of up to 0.5, 1, 2, ... before the next attempt
@@ -26,6 +31,17 @@ LONGEST_BACKOFF = 30.0
 LONGEST_PAUSE = 900.0  # seconds that all workers wait while the server says 429; then the run stops
 MAX_RATE_LIMITED = 50  # 429s of one request, which may be too large for the limit
 FIRST_REFUSALS = 5  # equal 400s to the first requests of a run: no single question is to blame
+MAX_EQUAL_FAULTS = 5  # in a row: replies that cost money and cannot be used; failed connections
+STOPPING_STATUSES = (401, 402, 403, 404)  # a key, an account or a name is wrong
+STOPPING_CODES = ("insufficient_quota", "billing_hard_limit_reached")
+REMEDIES = {  # of a parameter that a model refuses
+    "temperature": "use --no_temperature",
+    "max_tokens": "leave out --legacy_max_tokens",
+    "max_completion_tokens": "use --legacy_max_tokens",
+    "top_p": "leave out --top_p",
+    "reasoning_effort": "change --reasoning_effort",
+    "n": "leave out --choices",
+}
 
 
 class ApiConfig(NamedTuple):
@@ -40,14 +56,12 @@ class ApiConfig(NamedTuple):
     price_in: float | None = None  # dollars a million prompt tokens
     price_out: float | None = None  # dollars a million completion tokens
     max_cost: float | None = None  # dollars a completion file, earlier runs included
+    extra_headers: str = ""  # NAME=ENV_VARIABLE,...
 
-    def dollars(self, prompt_tokens: int, completion_tokens: int) -> float:
+    def dollars(self, prompt_tokens: int, completion_tokens: int, **_: int) -> float:
+        """Return what tokens cost at most; of a usage, reasoning tokens are among completion's."""
         cost = prompt_tokens * (self.price_in or 0) + completion_tokens * (self.price_out or 0)
         return cost / 1e6
-
-
-class InvalidReplyError(Exception):
-    """A reply without an answer, whatever its status: worth another attempt."""
 
 
 class RequestError(Exception):
@@ -61,16 +75,39 @@ class RunStopped(Exception):
 # ---------------- What a server says besides its answer
 
 
-def api_key() -> str:
-    return os.environ.get("OPENAI_API_KEY", "").strip()
+class Refusal(NamedTuple):
+    """What a server says instead of an answer: an HTTP error, or an error inside a 200."""
+
+    status: int
+    text: str
+    code: str | None = None  # of the error
+    param: str | None = None  # that is refused
+    wait: float | None = None  # seconds that it asks for
 
 
-def error_text(error: object) -> str:
-    """Return what a server or the network said, in one line, without a key that it may repeat."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if api_key():
-        text = text.replace(api_key(), "[key]")
-    return text[:300]
+def error_text(error: object, secrets: Iterable[str] | None = None) -> str:
+    """Return what a server or the network said, in one line, without a secret it may repeat."""
+    text = replies.printable(str(error)) or type(error).__name__
+    for secret in servers.secrets() if secrets is None else secrets:
+        text = text.replace(secret, "[key]")
+    return text[:400]
+
+
+def read_refusal(error: Any) -> Refusal:
+    """Return what an openai.APIStatusError says, in the server's words."""
+    response = error.response
+    words = ""
+    with contextlib.suppress(ValueError, RecursionError):
+        words = replies.server_words(json.loads(response.content))
+    if not words:
+        words = re.sub(r"<[^<>]*>", " ", response.content[:4000].decode("utf-8", "replace"))
+    if 300 <= error.status_code < 400:
+        words = f"it redirects to {response.headers.get('location', 'nowhere')}"
+    wait = retry_after(response.headers)
+    codes = [code for code in (error.code, error.type) if isinstance(code, str)]
+    code = next((code for code in codes if code in STOPPING_CODES), (codes or [None])[0])
+    text = f"the server answered {error.status_code}: {words}"
+    return Refusal(error.status_code, text, code, error.param, wait)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -85,16 +122,6 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def read_usage(usage: Any) -> dict[str, int] | None:
-    """Return the tokens that a server counted, or None where it does not say."""
-    if not isinstance(usage, dict):
-        return None
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    if all(type(count) is int and count >= 0 for count in counts.values()):
-        return counts
-    return None
-
-
 # ---------------- The journal: what was answered, and what that cost
 
 
@@ -105,7 +132,8 @@ class JournalRow(TypedDict):
     sample_index: int
     completion_index: int
     step: int
-    completion: str | None  # the raw text
+    completion: str | None  # the text, without reasoning
+    reasoning: NotRequired[str]  # "" where the server counts its tokens and does not show it
     finish_reason: str | None
     refusal: NotRequired[str]
     model: str | None  # that answered
@@ -116,7 +144,10 @@ class JournalRow(TypedDict):
 
 
 Rows = dict[str, JournalRow]  # by key
-ROW_TYPES = get_type_hints(JournalRow) | {"completion_index": int | list}  # of a failure, a list
+ROW_TYPES = {  # as tuples, which isinstance takes faster than unions
+    name: get_args(hint) or (hint,) for name, hint in get_type_hints(JournalRow).items()
+}
+ROW_TYPES["completion_index"] = (int, list)  # of a failure, a list
 
 
 def open_journal(path: Path) -> storage.Journal:
@@ -125,31 +156,39 @@ def open_journal(path: Path) -> storage.Journal:
     Raises UserError for a row of another program: it must neither be scored nor count as money.
     """
     journal = storage.Journal(path)
+    known = set()  # columns and their types of rows that are right
     for key, row in journal.rows.items():
-        if not is_journal_row(row):
+        shape = (*row, *map(type, row.values()))
+        if shape not in known and not has_columns(row) or not has_usage(row):
             raise UserError(
                 f"{path}: the row with the key {str(key)[:40]!r} is not one of this program: "
                 "mend or delete that line"
             )
+        known.add(shape)
     return journal
 
 
-def is_journal_row(row: dict[str, Any]) -> bool:
-    """Whether an answer or, where it has an `error`, a failure has all its columns."""
-    if not all(isinstance(value, ROW_TYPES.get(name, object)) for name, value in row.items()):
-        return False
-    if row.get("usage") is not None and read_usage(row["usage"]) is None:
-        return False
+def has_columns(row: dict[str, Any]) -> bool:
+    """Tell whether an answer or, where it has an `error`, a failure has its columns."""
+    for name, value in row.items():
+        if not isinstance(value, ROW_TYPES.get(name, object)):
+            return False
     if "usage" in row and not all(type(row.get(k)) is int for k in ("attempts", "unanswered")):
         return False
     return "error" in row or JournalRow.__required_keys__ <= row.keys()
+
+
+def has_usage(row: dict[str, Any]) -> bool:
+    """Tell whether the usage of a row, if it has one, can be counted."""
+    usage = row.get("usage")
+    return usage is None or read_usage(usage) is not None
 
 
 def sum_usage(rows: Iterable[JournalRow]) -> dict[str, int]:
     """Return tokens and requests of journal rows: `metadata.usage` of a completion file."""
     billed = [row for row in rows if "usage" in row]
     known = [row["usage"] for row in billed if row["usage"]]
-    return {
+    total = {
         "prompt_tokens": sum(usage["prompt_tokens"] for usage in known),
         "completion_tokens": sum(usage["completion_tokens"] for usage in known),
         "usage_unknown": len(billed) - len(known),
@@ -157,6 +196,10 @@ def sum_usage(rows: Iterable[JournalRow]) -> dict[str, int]:
         "attempts": sum(row["attempts"] for row in billed),
         "unanswered": sum(row["unanswered"] for row in billed),
     }
+    reasoning = sum(usage.get("reasoning_tokens", 0) for usage in known)
+    if reasoning:  # among the completion tokens
+        total["reasoning_tokens"] = reasoning
+    return total
 
 
 # ---------------- The session
@@ -167,26 +210,44 @@ class ApiSession:
 
     def __init__(self, api: ApiConfig, path: Path) -> None:
         """Open the journal of a completion file and count what was spent on it so far."""
+        import clients
+
         self.api = api
-        self.client = make_client(api)
+        self.secrets = servers.secrets(api.extra_headers)
+        self.proxy = servers.find_proxy(servers.read_address(api.base_url or clients.OPENAI))
+        self.client = clients.make_client(api.base_url, api.extra_headers, self.proxy)
         self.journal = open_journal(path.with_suffix(".journal.jsonl"))
         self.failures = open_journal(path.with_suffix(".failures.jsonl"))
         self.unwritten: collections.deque[list[JournalRow]] = collections.deque()
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.requests = 0  # that were answered
         self.failed_keys: set[str] = set()
+        self.ends: collections.Counter[str] = collections.Counter()  # why rationales ended
+        self.unknown_ends: collections.Counter[str] = collections.Counter()
         self.refusals: list[str] = []
+        self.unusable: list[tuple[str, object]] = []  # (kind, call) of replies since an answer
+        self.lost_connections = 0  # in a row
+        self.lost_at = -math.inf  # time.monotonic() of the last one
         self.stop_reason: str | KeyboardInterrupt | None = None
         self.stopped = asyncio.Event()
         self.turns = asyncio.Lock()
         self.next_turn = 0.0  # time.monotonic() of the next request, by the limits a minute
         self.not_before = 0.0  # time.monotonic() at which the pause of all workers ends
         self.paused_since = math.inf  # time.monotonic(); until a request is answered
+        self.pause_reason = ""
         self.reserved = 0.0  # dollars that the requests under way may cost
-        usage = sum_usage(self.journal.rows.values())
+        usage = self.usage()
         self.spent = api.dollars(usage["prompt_tokens"], usage["completion_tokens"])
         for row in (*self.journal.rows.values(), *self.failures.rows.values()):
             self.spent += row.get("possible_cost", 0)  # it may have been billed
+
+    def usage(self) -> dict[str, int]:
+        """Return the tokens and requests of all runs; what cannot be used was paid for, too."""
+        return sum_usage([*self.journal.rows.values(), *self.failures.rows.values()])
+
+    def words(self, error: object) -> str:
+        """Return what a server or the network said, without the secrets of this session."""
+        return error_text(error, self.secrets)
 
     async def run(self, work: Awaitable[Any]) -> Any:
         """Return what work gives, with the files closed; Ctrl-C stops the run, and work ends.
@@ -252,6 +313,7 @@ class ApiSession:
             self.stop(f"{wait} ({why}): start the same command again then")
         backoff = min(LONGEST_BACKOFF, max(BACKOFF, paused)) * random.uniform(0.5, 1)
         self.not_before = max(self.not_before, now + (asked or backoff))
+        self.pause_reason = why
 
     async def reserve(self, cost: float) -> None:
         """Set aside what a request may cost; the run ends where --max_cost has no room for it."""
@@ -290,42 +352,79 @@ class ApiSession:
         """Put on the disk why there is no answer, and what that may cost."""
         self.failures.append([{"key": f"{key} {len(self.failures.rows)}", **columns}])
 
+    def bill(self, error: InvalidReplyError, most: float) -> None:
+        """Count what a reply that cannot be used costs: its usage, or `most` dollars."""
+        row = {"error": self.words(error)}
+        if error.usage:
+            self.spent += self.api.dollars(**error.usage)
+            row |= {"usage": error.usage, "attempts": 1, "unanswered": 0}
+        elif most:
+            self.spent += most
+            row["possible_cost"] = most
+        if len(row) > 1:
+            self.add_failure("unusable", **row)
 
-def make_client(api: ApiConfig) -> Any:
-    """Return an openai.AsyncOpenAI without retries of its own: see call_with_retries."""
-    import openai  # 0.5 s
+    def count_unusable(self, kind: str, call: object) -> bool:
+        """Count replies that cannot be used; return whether this call is to be given up.
 
-    if not api_key().isascii() or not api_key().isprintable():
-        raise UserError("OPENAI_API_KEY holds characters that no key has: set it again")
-    key = api_key() or "none"  # the client wants one, a local server does not
-    return openai.AsyncOpenAI(api_key=key, base_url=api.base_url, max_retries=0)
+        Five in a row of one kind end the run, unless one call got all of them: its question may be
+        to blame.
+        """
+        if self.unusable and self.unusable[0][0] != kind:
+            self.unusable.clear()
+        self.unusable.append((kind, call))
+        if len(self.unusable) < MAX_EQUAL_FAULTS:
+            return False
+        if any(other is not call for _, other in self.unusable):
+            text = f"{len(self.unusable)} replies in a row could not be used: {kind}"
+            self.stop(f"{text} ({self.failures.path} says more where they cost money)")
+        return True
+
+    def lose_connection(self, text: str, started: float) -> None:
+        """Count a connection that could not be made, which costs nothing; all workers pause.
+
+        The fifth in a row ends the run.  Those begun before the last failure are one event with it.
+        """
+        if started < self.lost_at:
+            return
+        self.lost_at = time.monotonic()
+        self.lost_connections += 1
+        self.pause(None, text)
+        if self.lost_connections >= MAX_EQUAL_FAULTS:
+            self.stop(f"no connection to the server: {text}")
+
+    def count_answer(self) -> None:
+        """Forget the faults in a row: a request was answered."""
+        self.paused_since = math.inf
+        self.pause_reason = ""
+        self.unusable.clear()
+        self.lost_connections = 0
 
 
 # ---------------- One call
 
 
-def handle_status(session: ApiSession, error: Any) -> None:
-    """Return where an HTTP error is worth another attempt; pause or stop the run where it must be.
+def handle_refusal(session: ApiSession, refusal: Refusal) -> None:
+    """Return where a refusal is worth another attempt; pause or stop the run where it must be.
 
     Raises RequestError where the server refuses this one request.
     """
-    status = error.status_code
-    asked = retry_after(error.response.headers)
-    text = f"the server answered {status}: {error_text(error)}"
-    if status in (401, 403, 404) or "insufficient_quota" in (error.code, error.type):
+    status = refusal.status
+    text = session.words(refusal.text)
+    if status in STOPPING_STATUSES or refusal.code in STOPPING_CODES:
         session.stop(text)
-    elif error.code in ("unsupported_value", "unsupported_parameter"):
-        remedy = "see --help for the flag that sends it"
-        if error.param == "temperature":
-            remedy = "use --no_temperature"
-        session.stop(f"the model refuses the parameter {error.param!r}: {remedy} ({text})")
+    elif status < 400:
+        session.stop(f"{text}: name that address with --base_url")
+    elif refusal.code in ("unsupported_value", "unsupported_parameter"):
+        remedy = REMEDIES.get(str(refusal.param), "see --help for the flag that sends it")
+        session.stop(f"the model refuses the parameter {refusal.param!r}: {remedy} ({text})")
     elif status < 500 and status not in (408, 409, 429):
         session.refusals.append(text)
         if not session.requests and session.refusals == [text] * FIRST_REFUSALS:
             session.stop(f"the first {FIRST_REFUSALS} requests were all refused: {text}")
         raise RequestError(text)
-    elif status == 429 or asked is not None:
-        session.pause(asked, text)
+    elif status == 429 or refusal.wait is not None:
+        session.pause(refusal.wait, text)
 
 
 async def call_with_retries(
@@ -343,6 +442,7 @@ async def call_with_retries(
     # every worker runs into a 429 by itself, and insufficient_quota is asked again.
     import openai
 
+    call = object()
     tried = unanswered = rate_limited = 0
     while tried < session.api.max_attempts and rate_limited < MAX_RATE_LIMITED:
         if tried:
@@ -351,33 +451,93 @@ async def call_with_retries(
         await session.wait_for_rate_limit(tokens)
         await session.reserve(cost)
         tried += 1
+        started = time.monotonic()
         try:
             if session.stopped.is_set():
                 raise RunStopped
             async with asyncio.timeout(timeout or session.api.attempt_timeout):
                 reply = await send()
-            session.paused_since = math.inf
+            session.count_answer()
             return reply, tried, unanswered
-        except openai.APIStatusError as e:
-            failure = error_text(e)
-            handle_status(session, e)
-            if e.status_code == 429:  # turned away, which is no attempt
-                tried -= 1
-                rate_limited += 1
+        except (openai.APIStatusError, InvalidReplyError) as e:
+            fault = read_fault(session, e, cost, call)
         except (openai.APIConnectionError, TimeoutError) as e:
-            failure = no_reply_text(e)
-            unanswered += 1
-            session.spent += cost
-            if cost:  # written down at once, for later runs
-                session.add_failure("unanswered", error=failure, possible_cost=cost)
-        except InvalidReplyError as e:
-            failure = error_text(e)
+            fault = read_loss(session, e, cost, call, started)
         finally:
             session.reserved -= cost
-    raise RequestError(f"given up after {tried + rate_limited} attempts: {failure}")
+        unanswered += fault.is_unanswered
+        if fault.is_final:
+            break
+        if fault.refusal:
+            handle_refusal(session, fault.refusal)
+            if fault.refusal.status == 429:  # turned away, which is no attempt
+                tried -= 1
+                rate_limited += 1
+    raise RequestError(f"given up after {tried + rate_limited} attempts: {fault.text}")
 
 
-def no_reply_text(error: Exception) -> str:
-    if isinstance(error, TimeoutError):
-        return "no reply in time"
-    return error_text(error.__cause__ or error)
+class Fault(NamedTuple):
+    """Why an attempt brought no answer."""
+
+    text: str
+    refusal: Refusal | None = None  # what the server said instead
+    is_unanswered: bool = False  # sent, without a reply: it may have been billed
+    is_final: bool = False  # not worth another attempt
+
+
+def read_fault(session: ApiSession, error: Exception, cost: float, call: object) -> Fault:
+    """Return what is wrong with a reply; count what it costs: a 200 is billed, an error is not.
+
+    An error of the request's own, such as 429, is no more billed in a 200 than as a status.
+    """
+    if not isinstance(error, InvalidReplyError):
+        refusal = read_refusal(error)
+        return Fault(session.words(refusal.text), refusal)
+    text = session.words(error)
+    status = error.status
+    if error.code in STOPPING_CODES:
+        status = 429  # which is what it has elsewhere
+    if status is not None and status < 500:
+        session.bill(error, 0.0)
+        text = f"the server answered 200 with {text}"
+        return Fault(text, Refusal(status, text, error.code))
+    session.bill(error, cost)
+    return Fault(text, is_final=session.count_unusable(error.kind, call))
+
+
+def read_loss(
+    session: ApiSession, error: Exception, cost: float, call: object, started: float
+) -> Fault:
+    """Return why there is no reply; count what that may cost: nothing where nothing was sent."""
+    import httpx2
+
+    if isinstance(error.__cause__, InvalidReplyError):  # the transport stopped reading
+        return read_fault(session, error.__cause__, cost, call)
+    never_sent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+    text = "no reply in time"
+    if isinstance(error.__cause__, httpx2.ConnectTimeout):
+        text = "it takes too long"
+    elif not isinstance(error, TimeoutError):
+        text = root_causes(error.__cause__ or error)
+    if session.proxy:
+        text += f", through the proxy {servers.proxy_name(session.proxy)}"
+    text = session.words(text)
+    if isinstance(error.__cause__, never_sent):
+        session.lose_connection(text, started)
+        return Fault(text)
+    session.spent += cost
+    if cost:  # written down at once, for later runs
+        session.add_failure("unanswered", error=text, possible_cost=cost)
+    return Fault(text, is_unanswered=True)
+
+
+def root_causes(error: Any) -> str:
+    """Return what an error says, and its first cause: "all attempts failed" is no reason."""
+    text = str(error) or type(error).__name__
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    if isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, ConnectionError) and error.errno:
+        error = os.strerror(error.errno)
+    return text if str(error) in text else f"{text} ({error})"

@@ -1,4 +1,4 @@
-"""Samples -> tokens -> global batches -> micro-batches -> tensors, padded or packed.
+"""Samples of tokens -> global batches -> micro-batches -> tensors, padded or packed.
 
 A global batch is what an optimizer step sees.  Micro-batches are what fits a forward pass of a
 rank.  Packed, the samples of a micro-batch lie end to end in one row, so that nothing is padding.
@@ -6,86 +6,20 @@ rank.  Packed, the samples of a micro-batch lie end to end in one row, so that n
 Shapes: B rows of a micro-batch, T tokens of a row.
 """
 
+import functools
+import heapq
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from storage import FinetuneData, UserError
-from tasks import encode_prompt
-
-# ---------------- Samples -> tokens
-
+from tokens import TrainSample
 
 Ids = list[int]
-
-
-class TrainSample(NamedTuple):
-    """Token ids of a sample; the label ends with EOS, so that the student learns to stop."""
-
-    sample_index: int
-    prompt: Ids
-    label: Ids
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.label)
-
-
 Samples = list[TrainSample]
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    family: str,
-    data: FinetuneData,
-    max_length: int,
-    max_positions: int | None = None,
-) -> tuple[Samples, Ids]:
-    """Return the samples of a fine-tuning file, and the indices of those that are dropped.
-
-    A sample is dropped, never cut, where its prompt or label exceeds max_length tokens (paper: 512)
-    or both a decoder's max_positions: its answer stands last.  So is one without a prompt: nothing
-    predicts its first label token.  Raises UserError where no sample is left.
-    """
-    samples = []
-    dropped = []
-    columns = (data["sample_index"], data["input"], data["label"])
-    for index, text, label_text in zip(*columns, strict=True):
-        prompt = encode_prompt(tokenizer, family, text)
-        label = tokenizer(text_target=label_text, add_special_tokens=False)["input_ids"]
-        sample = TrainSample(index, prompt, label + [tokenizer.eos_token_id])
-        is_too_long = max(len(sample.prompt), len(sample.label)) > max_length
-        if (
-            family == "decoder" and (max_positions or 0) > 0
-        ):  # encoder-decoders are taken to have relative positions
-            is_too_long = is_too_long or sample.length > max_positions
-        if is_too_long or not prompt:
-            dropped.append(index)
-        else:
-            samples.append(sample)
-    if not samples:
-        raise UserError(
-            f"no sample is left to train on: all {len(dropped)} exceed {max_length} tokens or the "
-            "model's positions; raise --max_length"
-        )
-    return samples, dropped
-
-
-def describe_dropped(dropped: Ids, n_kept: int, max_length: int) -> str:
-    """Say how many samples are dropped, and which are the first of them."""
-    indices = ", ".join(str(index) for index in dropped[:10])
-    if len(dropped) > 10:
-        indices += ", ..."
-    return (
-        f"dropped {len(dropped)} of {len(dropped) + n_kept} samples that are longer than "
-        f"{max_length} tokens (or than the model): sample_index {indices}"
-    )
-
 
 # ---------------- Global batches -> micro-batches
 
@@ -110,37 +44,62 @@ def micro_batches(
     samples, so the grouping changes its rounding and its dropout masks alone.
     """
     longest_first = sorted(batch, key=lambda sample: (-sample.length, sample.sample_index))
+    lengths = [sample.length for sample in longest_first]
+    max_samples = max_samples or len(batch)
+    max_tokens = max_tokens or sum(lengths) * len(batch)
     split = split_packed if packing else split_padded
-    for n_groups in itertools.count(world_size, world_size):
-        groups = split(longest_first, n_groups)
-        most_samples = max(len(group) for group in groups)
-        sizes = [computed_tokens(group, packing) for group in groups if len(group) > 1]
-        is_few = most_samples <= (max_samples or most_samples)
-        if is_few and max(sizes, default=0) <= (max_tokens or math.inf):
-            return groups
+    bounds = {"max_samples": max_samples, "max_tokens": max_tokens, "packing": packing}
+    is_small = functools.partial(is_within, lengths=lengths, **bounds)
+    fewest = fewest_groups(lengths, max_samples, max_tokens)
+    fewest = math.ceil(fewest / world_size) * world_size
+    for n_groups in itertools.count(fewest, world_size):
+        groups = list(itertools.takewhile(is_small, split(lengths, n_groups)))
+        if len(groups) == n_groups:
+            break
+    return [select(longest_first, places) for places in groups]
 
 
-def split_padded(longest_first: Samples, n_groups: int) -> list[Samples]:
-    """Cut into groups of like length, which need little padding."""
-    ends = [i * len(longest_first) // n_groups for i in range(n_groups + 1)]
-    return [longest_first[start:end] for start, end in itertools.pairwise(ends)]
+def select(samples: Samples, places: Iterable[int]) -> Samples:
+    return [samples[place] for place in places]
 
 
-def split_packed(longest_first: Samples, n_groups: int) -> list[Samples]:
-    """Balance the tokens, so that every rank has equally much to do."""
-    groups: list[Samples] = [[] for _ in range(n_groups)]
-    for sample in longest_first:
-        smallest = min(groups, key=lambda group: (computed_tokens(group, True), len(group)))
-        smallest.append(sample)
-    return groups
+def fewest_groups(lengths: Ids, max_samples: int, max_tokens: int) -> int:
+    """Return a number of micro-batches below which the bounds cannot hold: where to begin."""
+    by_samples = math.ceil(len(lengths) / max_samples)
+    bounded = [min(length, max_tokens) for length in lengths]  # longer ones stand alone
+    by_tokens = math.ceil(sum(bounded) / max_tokens)
+    return max(by_samples, by_tokens)
 
 
-def computed_tokens(group: Samples, packing: bool) -> int:
-    """Count the tokens of a micro-batch, padding included."""
-    lengths = [sample.length for sample in group]
+def is_within(
+    group: Sequence[int], lengths: Ids, max_samples: int, max_tokens: int, packing: bool
+) -> bool:
+    """Return whether the samples at these places, the longest first, may be a micro-batch."""
+    if len(group) < 2:
+        return True
     if packing:
-        return sum(lengths)
-    return len(lengths) * max(lengths, default=0)
+        tokens = sum(lengths[place] for place in group)
+    else:
+        tokens = len(group) * lengths[group[0]]
+    return len(group) <= max_samples and tokens <= max_tokens
+
+
+def split_padded(lengths: Ids, n_groups: int) -> Iterator[Sequence[int]]:
+    """Cut places in the longest-first order into groups of like length: little padding."""
+    ends = (i * len(lengths) // n_groups for i in range(n_groups + 1))
+    for start, end in itertools.pairwise(ends):
+        yield range(start, end)
+
+
+def split_packed(lengths: Ids, n_groups: int) -> list[Sequence[int]]:
+    """Balance the tokens, so that every rank has equally much to do; the longest go first."""
+    groups: list[Ids] = [[] for _ in range(n_groups)]
+    smallest = [(0, 0, i) for i in range(n_groups)]  # a heap of (tokens, samples, group)
+    for place, length in enumerate(lengths):
+        tokens, count, i = smallest[0]
+        groups[i].append(place)
+        heapq.heapreplace(smallest, (tokens + length, count + 1, i))
+    return groups
 
 
 # ---------------- Micro-batches -> tensors
@@ -170,26 +129,34 @@ def collate(samples: Samples, decoder_start_token_id: int | None, packing: bool)
     A decoder with prompt p q and label a b reads `p q a`; targets are `-100 a b`.
     An encoder-decoder reads p q, its decoder `start a`; targets are `a b`.
     """
-    if decoder_start_token_id is None:
-        rows = {"input_ids": [s.prompt + s.label[:-1] for s in samples]}
-        targets = [[IGNORE_INDEX] * (len(s.prompt) - 1) + s.label for s in samples]
+    is_decoder = decoder_start_token_id is None
+    prompts = [sample.prompt for sample in samples]
+    labels = [sample.label for sample in samples]
+    shifted = [label[:-1] for label in labels]  # EOS is only predicted
+    if is_decoder:
+        pairs = zip(prompts, shifted, strict=True)
+        rows = {"input_ids": [prompt + label for prompt, label in pairs]}
+        ignored = [[IGNORE_INDEX] * (len(prompt) - 1) for prompt in prompts]
+        targets = [skipped + label for skipped, label in zip(ignored, labels, strict=True)]
     else:
-        decoder_rows = [[decoder_start_token_id] + s.label[:-1] for s in samples]
-        rows = {"input_ids": [s.prompt for s in samples], "decoder_input_ids": decoder_rows}
-        targets = [s.label for s in samples]
+        rows = {"input_ids": prompts}
+        rows["decoder_input_ids"] = [[decoder_start_token_id, *label] for label in shifted]
+        targets = labels
     join = end_to_end if packing else pad
     inputs = {name: join(ids) for name, ids in rows.items()}
     n_tokens = sum(ids.numel() for ids in inputs.values())
-    if decoder_start_token_id is None:
-        n_tokens += len(samples)  # EOS is only predicted; it counts, as in TrainSample.length
-    prompt_lengths = [len(ids) for ids in rows["input_ids"]]
+    if is_decoder:
+        n_tokens += len(samples)  # EOS counts, as in TrainSample.length
+    input_lengths = [len(ids) for ids in rows["input_ids"]]
     if not packing:
-        inputs["attention_mask"] = pad([[1] * length for length in prompt_lengths])
+        mask = [[1] * length for length in input_lengths]
+        inputs["attention_mask"] = pad(mask)
         return MicroBatch(inputs, pad(targets, IGNORE_INDEX), n_tokens)
     label_lengths = [len(ids) for ids in rows.get("decoder_input_ids", [])]
-    inputs["packed_lengths"] = PackedLengths(prompt_lengths, label_lengths)
-    if decoder_start_token_id is None:  # positions restart at each sample
-        inputs["position_ids"] = end_to_end(range(length) for length in prompt_lengths)
+    inputs["packed_lengths"] = PackedLengths(input_lengths, label_lengths)
+    if is_decoder:  # positions restart at each sample
+        positions = map(range, input_lengths)
+        inputs["position_ids"] = end_to_end(positions)
     return MicroBatch(inputs, end_to_end(targets), n_tokens)
 
 

@@ -6,16 +6,17 @@
     <out>/*, run.json            the finished student, a Hugging Face folder; run.json comes last
 
 There is no random state to keep: the order of the samples and dropout are functions of seed, epoch
-and step, so with the same settings and number of ranks a resumed run is exact.
+and step, so with the same settings, micro-batches and number of ranks a resumed run is exact.
 """
 
+import contextlib
 import json
-import math
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +26,11 @@ from torch.distributed.checkpoint import state_dict
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+import distributed
 import storage
-from storage import Ranks, write_errors
+from distributed import Ranks, on_rank0, share_files, wait_for_all
+from provenance import COMPUTED_WITH
+from storage import write_errors
 
 Row = dict[str, Any]  # of JSON, or of a state by parameter name
 Rows = list[Row]
@@ -72,15 +76,20 @@ def save_checkpoint(out: Path, state: TrainState, step: int, keep: int, ranks: R
         old.unlink()
 
 
-def load_checkpoint(out: Path, state: TrainState) -> int:
-    """Set state to the newest checkpoint; return its step, 0 where there is none."""
-    checkpoints = sorted(out.glob("checkpoint_*.pt"))
-    if not checkpoints:
+def load_checkpoint(out: Path, state: TrainState, ranks: Ranks) -> int:
+    """Set state to rank 0's newest checkpoint; return its step, 0 where there is none.
+
+    Other machines get a copy of the file for as long as it is read; every rank must call it.
+    """
+    newest = on_rank0(ranks, lambda: max(out.glob("checkpoint_*.pt"), default=None))
+    if not newest:
         return 0
+    path = out / newest.name
+    copied = share_files(out, [path.name], ranks)
     remedy = "delete it, and the run goes on from the one before it or from the start"
-    with storage.corrupt_file_errors(checkpoints[-1], remedy):
+    with storage.corrupt_file_errors(path, remedy):
         # weights_only: a checkpoint can run no code
-        content = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         state_dict.set_state_dict(
             state.model,
             state.optimizer,
@@ -89,7 +98,10 @@ def load_checkpoint(out: Path, state: TrainState) -> int:
             options=FULL,
         )
         state.scaler.load_state_dict(content["scaler"])
-        return content["step"]
+    wait_for_all(ranks)  # all of a machine have read it
+    for name in copied:
+        (out / name).unlink()
+    return content["step"]
 
 
 # ---------------- Students
@@ -98,7 +110,12 @@ def load_checkpoint(out: Path, state: TrainState) -> int:
 def save_pretrained(
     folder: Path, model: Model, tokenizer: Tokenizer, weights: Row | None = None
 ) -> None:
-    """Write a Hugging Face folder in the place of what an interrupted run left there."""
+    """Write a Hugging Face folder in the place of what an interrupted run left there.
+
+    A tokenizer without a padding token (GPT-2's) gets EOS for one: pipelines refuse batches else.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     shutil.rmtree(folder, ignore_errors=True)
     with write_errors(folder):
         model.save_pretrained(folder, state_dict=weights)
@@ -152,7 +169,11 @@ def keep_best(out: Path, score: Row, model: Model, tokenizer: Tokenizer) -> None
 
 
 def start_log(out: Path, step: int, ranks: Ranks, settings: Row, arguments: Row) -> Rows:
-    """Begin log.jsonl or, resuming, drop what was logged after step; return its rows of steps."""
+    """Begin log.jsonl or, resuming, drop what was logged after step; return its rows of steps.
+
+    A resumed run adds its own header to the first one's list "resumed", and prints what is
+    computed in another way than before.
+    """
     path = out / "log.jsonl"
     rows = []
     if step and path.exists():
@@ -160,12 +181,38 @@ def start_log(out: Path, step: int, ranks: Ranks, settings: Row, arguments: Row)
             if line.endswith("}"):  # a kill may have torn the last line
                 rows.append(storage.parse_json(line, path))
         rows = [row for row in rows if row.get("step", 0) <= step]
+    header = log_header(ranks, settings, arguments)
     if not rows:
-        rows = [log_header(ranks, settings, arguments)]
+        rows = [header]
+    elif "step" not in rows[0]:
+        resumed = rows[0].get("resumed", [])
+        changed = changed_computation([rows[0], *resumed][-1], header)
+        if changed:
+            distributed.print0(
+                ranks,
+                f"train: going on after step {step} with other {changed}: the same samples in the "
+                "same order, but rounding and dropout masks are not those of an unbroken run",
+            )
+        rows[0]["resumed"] = [*resumed, {"step": step, **header}]
     if ranks.is_rank0:
         text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
         storage.write_atomic(path, text)
     return [row for row in rows if "loss" in row]
+
+
+def changed_computation(old: Row, new: Row) -> str:
+    """Return 'micro_tokens 0 -> 512, ranks 1 -> 2': how a run is computed, where that changed.
+
+    old, new: headers; what the old one does not say is not compared.
+    """
+    old_values = old.get("arguments") or {}
+    old_values = old_values | old
+    new_values = new["arguments"] | new  # "device" is the header's, which names the threads
+    known = []
+    for name in (*COMPUTED_WITH, "ranks", "torch", "transformers"):
+        if name in old_values and name in new_values:
+            known.append(name)
+    return storage.changed_settings(old_values, new_values, known)
 
 
 def log_header(ranks: Ranks, settings: Row, arguments: Row) -> Row:
@@ -191,20 +238,37 @@ def log_header(ranks: Ranks, settings: Row, arguments: Row) -> Row:
     }
 
 
-def append_log(out: Path, row: Row, ranks: Ranks) -> None:
-    """Add a row to log.jsonl, on rank 0."""
+@contextlib.contextmanager
+def open_log(out: Path, ranks: Ranks) -> Iterator[Callable[[Row], None]]:
+    """Yield a function that adds a row to log.jsonl, on rank 0; each is there when it returns."""
     if not ranks.is_rank0:
+        yield lambda row: None
         return
     path = out / "log.jsonl"
-    with write_errors(path), open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    with open(path, "ab", buffering=0) as f:
+
+        def append(row: Row) -> None:
+            with write_errors(path):
+                f.write(f"{json.dumps(row)}\n".encode())
+
+        yield append
 
 
-def log_epoch(out: Path, epoch: int, rows: Rows, seconds: float, ranks: Ranks) -> None:
-    """Add the row of a finished epoch."""
+def epoch_row(epoch: int, rows: Rows, seconds: float, device: torch.device) -> Row:
+    """Return the row of log.jsonl of a finished epoch."""
     loss = mean_loss([row for row in rows if row["epoch"] == epoch])
     row = {"step": rows[-1]["step"], "epoch": epoch, "epoch_loss": loss}
-    append_log(out, row | {"seconds": round(seconds, 3)}, ranks)
+    return row | {"seconds": round(seconds, 3), "peak_memory_mb": peak_memory(device) >> 20}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that the process, or its tensors on a GPU, have taken so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak  # in bytes, elsewhere in kB
+    return peak * 1024
 
 
 def mean_loss(rows: Rows) -> float:
@@ -213,23 +277,22 @@ def mean_loss(rows: Rows) -> float:
     return total / sum(row["label_tokens"] for row in rows)
 
 
-def describe_steps(rows: Rows, steps: int, seconds: float, device: torch.device) -> str:
-    """Describe the steps of these rows in an aligned line; memory is the peak so far."""
+def describe_steps(rows: Rows, epochs: int, steps: int, seconds: float) -> str:
+    """Describe the steps of these rows in a line; the rest of their figures is in log.jsonl.
+
+    steps: of the whole command, which tell with the seconds of these the time that is left.
+    """
     last = rows[-1]
-    norm = last["grad_norm"] or math.inf
-    labels = sum(row["label_tokens"] for row in rows)
     tokens = sum(row["tokens"] for row in rows)
-    padding = 100 - 100 * tokens / sum(row["size"] for row in rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    minutes_left = (steps - last["step"]) * seconds / len(rows) / 60
     line = (
-        f"epoch {last['epoch']:3d}  step {last['step']:6d}/{steps}  loss {mean_loss(rows):.4f}  "
-        f"lr {last['lr']:.1e}  norm {norm:7.3f}  {labels / seconds:6.0f} label tokens/s  "
-        f"{tokens / seconds:6.0f} tokens/s  padding {padding:3.0f}%  {peak / 2**20:6.0f} MB  "
-        f"{seconds:6.1f} s  left {minutes_left:5.1f} min"
+        f"    epoch {last['epoch']} of {epochs}  step {last['step']}  loss {mean_loss(rows):.4f}  "
+        f"{tokens / seconds:,.0f} tokens/s  {seconds:.1f} s"
     )
+    seconds_left = (steps - last["step"]) * seconds / len(rows)
+    if seconds_left >= 60:
+        line += f", about {seconds_left / 60:.1f} min left"
+    elif seconds_left:
+        line += f", about {seconds_left:.0f} s left"
     skipped = sum(row["grad_norm"] is None for row in rows)
     if skipped:
         line += f"  {skipped} steps skipped (fp16 overflow)"

@@ -1,4 +1,4 @@
-"""Generate with a local model: load it, sample tokens, decode, and what surrounds the loop.
+"""Generate with a local model: sample tokens, decode, and what surrounds the loop.
 
 The plain loop is short: prompts are read side by side, the longest first; each step appends a token
 to every row; rows that end leave.  On a CPU extras/cpu_decoding.py does the same faster, unless it
@@ -11,23 +11,27 @@ torch is imported in functions, so that `finetune_cot.py --help` does not wait f
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import models
 import storage
-import tasks
-from storage import UserError
+import terminal
+from distributed import all_gather, print_on_rank0, rank_and_world_size
+from generation_settings import eos_token_ids, stream_seeds
+from storage import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel as Model
     from transformers import PreTrainedTokenizerBase as Tokenizer
+    from transformers.cache_utils import Cache
+    from transformers.utils import ModelOutput
 
     from storage import Journal
 
@@ -37,109 +41,6 @@ StrPath = str | Path
 def has_extra(name: str) -> bool:
     """Return whether extras/<name>.py is there; nothing in this folder needs it."""
     return Path(__file__).with_name("extras").joinpath(f"{name}.py").exists()
-
-
-# ---------------- Load a model
-
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json vocab.json spiece.model tokenizer.model".split()
-)
-
-
-class LoadedModel(NamedTuple):
-    model: Model
-    tokenizer: Tokenizer
-    family: str  # decoder or encoder_decoder
-
-
-def load_model(name: str, dtype: str = "float32") -> LoadedModel:
-    """Load a Hugging Face folder or hub name; no code that comes with it is run.
-
-    Raises UserError where it cannot be loaded, could not start a text, or could not stop.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")  # of the default 1024 entries each may take 1 MB
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    what = "is neither a folder here nor a model that could be downloaded"
-    if Path(name).is_dir():
-        check_model_folder(Path(name))
-        what = "could not be loaded"
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        auto = transformers.AutoModelForCausalLM
-        if config.is_encoder_decoder:
-            auto = transformers.AutoModelForSeq2SeqLM
-        model = auto.from_pretrained(name, dtype=dtype, trust_remote_code=False, weights_only=True)
-    except (OSError, SafetensorError, StrictDataclassError, *storage.UNREADABLE) as e:
-        reason = " ".join(str(e).split())[:160]
-        raise UserError(f"the model {name} {what} ({reason})") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {name} has no end-of-sequence token, so a student could never stop: "
-            "set eos_token"
-        )
-    fuse_gelu(model)
-    if not config.is_encoder_decoder:
-        return LoadedModel(model, tokenizer, "decoder")
-    if getattr(config, "decoder_start_token_id", None) is None:
-        raise UserError(
-            f"the config of {name} has no decoder_start_token_id, so its decoder has no first "
-            "token: set it"
-        )
-    return LoadedModel(model, tokenizer, "encoder_decoder")
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise UserError where a folder lacks a config or a tokenizer."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not a model folder: it has no config.json")
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
-        raise UserError(
-            f"{folder} has no tokenizer: save one beside the model with "
-            f"tokenizer.save_pretrained({str(folder)!r})"
-        )
-
-
-def fuse_gelu(model: Model) -> None:
-    """Replace GPT-2's GELU, eight operations, by torch's one: time and memory (LOG.md)."""
-    from transformers.activations import GELUTanh, NewGELUActivation
-
-    for module in list(model.modules()):
-        for name, layer in module.named_children():
-            if type(layer) is NewGELUActivation:
-                setattr(module, name, GELUTanh())
-
-
-def select_device(name: str | None) -> torch.device:
-    """Return a device: the one named, else a GPU if there is one; under torchrun each rank's own.
-
-    Raises UserError where it cannot be used.
-    """
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count()
-    if name.startswith("cuda") and rank and rank >= gpus:
-        raise UserError(
-            f"rank {rank} has no GPU of its own, there are {gpus}: start as many ranks with "
-            "torchrun, or add --device cpu"
-        )
-    try:
-        device = torch.device(name)
-        if "RANK" in os.environ and device.type == "cuda":
-            device = torch.device("cuda", rank)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:  # torch's for a name or a device that is not there
-        reason = str(e).splitlines()[0][:120]
-        raise UserError(f"--device {name} cannot be used here: {reason}") from None
-    return device
 
 
 # ---------------- Sample tokens
@@ -188,10 +89,18 @@ class Row:
 
     index: int  # of its prompt
     key: str  # in the journal
-    ids: list[int]  # tokens of the prompt
+    ids: models.Ids  # tokens of the prompt
     max_new_tokens: int
-    generator: torch.Generator  # its own random stream
+    seed: int  # of its own random stream
+    before: list[int] = field(default_factory=list)  # a decoder's last token of the prompt
     new_ids: list[int] = field(default_factory=list)  # tokens generated so far
+
+    @functools.cached_property
+    def generator(self) -> torch.Generator:
+        """The row's random stream; greedy decoding makes none."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
 
 
 Finished = tuple[Row, str, str]  # (row, text, "stop": end of sequence or a stop string | "length")
@@ -256,13 +165,31 @@ def prefill(model: Model, prompts: list[list[int]]) -> tuple[Tensor, State]:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1
         output = model(input_ids=ids, **inputs, **state, use_cache=True)
-    state["past_key_values"] = getattr(output, "past_key_values", None)
-    if state["past_key_values"] is None:
-        raise UserError(
-            f"models of type {model.config.model_type} keep no key-value cache, so they cannot be "
-            "decoded here"
-        )
+    keep_cache(model, output, state)
     return output.logits[:, -1], state
+
+
+def keep_cache(model: Model, output: ModelOutput, state: State) -> None:
+    """Put the cache into the state, under the name that the model has for it.
+
+    Raises UserError where there is none whose rows can be selected.
+    """
+    for name in ("past_key_values", "cache_params"):  # the second is Mamba's
+        cache = getattr(output, name, None)
+        if hasattr(cache, "reorder_cache"):
+            state[name] = cache
+            return
+    raise UserError(
+        f"models of type {model.config.model_type} keep no key-value cache, so they cannot be "
+        "decoded here"
+    )
+
+
+def cache_of(state: State) -> Cache:
+    """Return the key-value cache, or the states that Mamba keeps instead."""
+    if "past_key_values" in state:
+        return state["past_key_values"]
+    return state["cache_params"]
 
 
 def decode_step(model: Model, tokens: Tensor, state: State) -> Tensor:
@@ -275,8 +202,11 @@ def decode_step(model: Model, tokens: Tensor, state: State) -> Tensor:
     else:
         state["attention_mask"] = torch.cat([state["attention_mask"], torch.ones_like(ids)], 1)
         positions = state["attention_mask"].sum(-1, keepdim=True) - 1
-        output = model(input_ids=ids, position_ids=positions, **state, use_cache=True)
-    state["past_key_values"] = output.past_key_values
+        inputs = dict(state)
+        if "cache_params" in state:  # Mamba would multiply the new token by the whole mask
+            del inputs["attention_mask"]
+        output = model(input_ids=ids, position_ids=positions, **inputs, use_cache=True)
+    keep_cache(model, output, state)
     return output.logits[:, -1]
 
 
@@ -284,9 +214,10 @@ def select_rows(state: State, places: list[int]) -> None:
     """Go on with the rows at these places, each as often as it is named."""
     index = state["attention_mask"].new_tensor(places)
     state["attention_mask"] = state["attention_mask"][index]
-    state["past_key_values"].reorder_cache(index)  # every kind of cache layer has this one
-    if "encoder_outputs" in state:
-        state["encoder_outputs"] = (state["encoder_outputs"][0][index],)
+    cache_of(state).reorder_cache(index)  # every kind of cache layer has this one
+    for name, value in state.get("encoder_outputs", {}).items():
+        if hasattr(value, "shape"):  # mixtures of experts add tuples, of which nothing is read
+            state["encoder_outputs"][name] = value[index]
 
 
 def next_tokens(logits: Tensor, rows: list[Row], sampling: Sampling) -> Tensor:
@@ -305,14 +236,6 @@ def next_tokens(logits: Tensor, rows: list[Row], sampling: Sampling) -> Tensor:
     return sample_tokens(logits.float(), sampling.temperature, generators, sampling.top_p)
 
 
-def eos_token_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens that end a text: the tokenizer's and those of the generation config."""
-    configured = model.generation_config.eos_token_id
-    if isinstance(configured, list):
-        return {tokenizer.eos_token_id, *configured}
-    return {tokenizer.eos_token_id, configured}
-
-
 def append_tokens(
     tokenizer: Tokenizer, eos: set[int], rows: list[Row], tokens: Tensor, stop: list[str] | None
 ) -> tuple[list[Finished], list[int]]:
@@ -323,8 +246,8 @@ def append_tokens(
         row.new_ids.append(token)
         is_full = len(row.new_ids) >= row.max_new_tokens
         text = ""
-        if stop or is_full or token in eos:
-            text = tokenizer.decode(row.new_ids, skip_special_tokens=True)
+        if is_full or token in eos or shows_stop(tokenizer, row.new_ids, stop):
+            text = text_after(tokenizer, row.before, row.new_ids)
         cuts = [text.find(string) for string in stop or () if string in text]
         if cuts or token in eos:
             finished.append((row, text[: min(cuts, default=None)], "stop"))
@@ -333,6 +256,26 @@ def append_tokens(
         else:
             unfinished.append(place)
     return finished, unfinished
+
+
+def shows_stop(tokenizer: Tokenizer, ids: list[int], stop: list[str] | None) -> bool:
+    """Tell whether the last tokens show a stop string, a byte of which may be a token."""
+    if not stop:
+        return False
+    most_tokens = 1 + max(len(string.encode()) for string in stop)
+    tail = tokenizer.decode(ids[-most_tokens:], skip_special_tokens=True)
+    return any(string in tail for string in stop)
+
+
+def text_after(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
+    """Return the text of ids after the tokens before: Llama's tokenizers drop a text's first space.
+
+    So `step by step.` goes on with ` First`, not with `First`.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    head = tokenizer.decode(before, skip_special_tokens=True)
+    whole = tokenizer.decode(before + ids, skip_special_tokens=True)
+    return whole[len(head) :] if whole == f"{head} {text}" else text
 
 
 def default_batch_size(model: Model, longest: Row) -> int:
@@ -355,7 +298,7 @@ def default_batch_size(model: Model, longest: Row) -> int:
 
 def cache_bytes_per_token(state: State) -> int:
     """Return the bytes of keys and values in a cache of one token."""
-    cache = state["past_key_values"]
+    cache = cache_of(state)
     layers = getattr(cache, "self_attention_cache", cache).layers
     keys = [getattr(layer, "keys", None) for layer in layers]
     return sum(2 * key.nbytes for key in keys if key is not None)
@@ -364,6 +307,114 @@ def cache_bytes_per_token(state: State) -> int:
 def cpu_cache_bytes(model: Model) -> int:
     """Return the bytes that the KV cache may take by default on a CPU."""
     return max(6 * 10**8, sum(weight.nbytes for weight in model.parameters()) // 2)
+
+
+# ---------------- Rehearse: batches and fast paths are trusted when they give the same logits
+
+MODEL_ERRORS = (  # what Hugging Face's models raise where they cannot do what they are asked for
+    *(AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError),
+    ValueError,
+)
+REHEARSED_TOKENS = 3
+
+
+class Rehearsal(NamedTuple):
+    """Two short prompts, and what the plain loop makes of each alone."""
+
+    prompts: list[list[int]]
+    tokens: Tensor  # (P, REHEARSED_TOKENS) chosen greedily
+    logits: Tensor  # (P, REHEARSED_TOKENS, V) of these tokens
+
+    def agrees_with(self, logits: Tensor) -> bool:
+        """Tell whether logits are these but for rounding."""
+        import torch
+
+        if not self.logits.isfinite().all():
+            return True  # the loop will name the prompt
+        dtype = logits.dtype
+        if torch.get_float32_matmul_precision() != "highest":  # --precision tf32
+            dtype = torch.bfloat16
+        bound = torch.finfo(dtype).eps ** 0.5 * self.logits.abs().max()
+        return bool((logits - self.logits).abs().max() <= bound)
+
+
+def rehearse(model: Model, rows: list[Row]) -> Rehearsal:
+    """Decode the beginnings of two prompts of different length, one at a time.
+
+    Raises UserError where the model cannot.
+    """
+    import torch
+
+    prompts = [rows[0].ids[:32]]  # more than a page of extras/cpu_decoding.py
+    if len(prompts[0]) > 1:
+        prompts.append(rows[-1].ids[: min(7, len(prompts[0]) - 1)])
+    try:
+        logits = [rehearsed_logits(model, [prompt]) for prompt in prompts]
+    except MODEL_ERRORS as e:
+        if is_out_of_memory(e):
+            raise
+        raise UserError(
+            f"models of type {model.config.model_type} cannot be decoded here "
+            f"({type(e).__name__}: {storage.one_line(e)})"
+        ) from None
+    together = torch.cat(logits)
+    return Rehearsal(prompts, together.argmax(-1), together)
+
+
+def rehearsed_logits(
+    model: Model, prompts: list[list[int]], tokens: Tensor | None = None
+) -> Tensor:
+    """Return the logits (P, REHEARSED_TOKENS, V) of the plain loop, greedily or for these tokens.
+
+    Several rows change places after the first step, as they do when others leave.
+    """
+    import torch
+
+    logits, state = prefill(model, prompts)
+    steps = [logits]
+    order = list(reversed(range(len(prompts))))
+    for k in range(REHEARSED_TOKENS - 1):
+        chosen = steps[-1].argmax(-1)
+        if tokens is not None:
+            chosen = tokens[:, k]
+        select_rows(state, order)
+        steps.append(decode_step(model, chosen[order], state)[order])
+        select_rows(state, order)
+    return torch.stack(steps, 1)
+
+
+def decode_rehearsed(
+    model: Model,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    sampling: Sampling,
+    batch_size: int | None,
+    plain: bool,
+) -> Iterator[Finished]:
+    """Yield each row as it ends, by the fastest loop that gives this model's own logits.
+
+    Rows are decoded one by one where those of a batch get other logits than alone (MiniMax).
+    """
+    if not rows:
+        return
+    arguments = (model, tokenizer, rows, sampling)
+    rehearsal = rehearse(model, rows)
+    is_alone = batch_size == 1 or len(rows) == 1
+    if not is_alone:
+        logits = rehearsed_logits(model, rehearsal.prompts, rehearsal.tokens)
+        if not rehearsal.agrees_with(logits):
+            print_on_rank0(
+                f"models of type {model.config.model_type} give a row of a batch other logits than "
+                "alone, so prompts are decoded one by one"
+            )
+            yield from decode(*arguments, 1)
+            return
+    if model.device.type == "cpu" and not plain and has_extra("cpu_decoding"):
+        from extras import cpu_decoding
+
+        yield from cpu_decoding.decode(*arguments, batch_size, rehearsal)
+    else:
+        yield from decode(*arguments, batch_size)
 
 
 # ---------------- Generate: the context window, journals and ranks around the loop
@@ -384,31 +435,33 @@ def generate(
     top_p: float = 1.0,
     journal: StrPath | None = None,
     plain: bool = False,
+    first: int = 0,
 ) -> list[list[dict[str, str]]]:
     """Complete each prompt n times; return {"completion", "finish_reason"} of each, in order.
 
-    max_new_tokens: of all prompts, or of each.  overflow: see fit_context_window.  Under torchrun
-    each rank decodes its share and all return everything.  Beside `journal`, the caller's output
-    file, completions are kept as rows end, and a killed run continues.  plain: no fast path.
+    max_new_tokens: of all prompts, or of each; overflow: see models.fit_context_window; first:
+    number of the first of the n; plain: no fast path.  Under torchrun each rank decodes its share
+    and all return everything.  Beside `journal`, the caller's output file, completions are kept as
+    rows end, and a killed run continues.
     """
     sampling = Sampling(temperature, top_p, stop)
-    fitted = fit_context_window(model, tokenizer, family, prompts, max_new_tokens, overflow)
+    fitted = models.fit_context_window(model, tokenizer, family, prompts, max_new_tokens, overflow)
     settings = [*sampling, seed]
     if journal:
         settings += weight_checksums(model)  # what other weights gave is not taken over
     settings_key = storage.fingerprint(settings)
+    ks = range(first, first + n)
     keys = []
     for i, (ids, limit) in enumerate(fitted):
-        keys.append([storage.fingerprint([settings_key, i, k, ids, limit]) for k in range(n)])
+        prompt = ids.tolist()
+        keys.append([storage.fingerprint([settings_key, i, k, prompt, limit]) for k in ks])
     journals, done = open_journals(journal)
-    rows = missing_rows(prompts, fitted, keys, done, seed)
+    rows = missing_rows(fitted, keys, stream_seeds(seed, prompts, ks), done)
+    if family == "decoder":
+        for row in rows:
+            row.before = row.ids[-1:].tolist()
     with evaluation_mode(model):
-        if model.device.type == "cpu" and not plain and has_extra("cpu_decoding"):
-            from extras import cpu_decoding
-
-            ended = cpu_decoding.decode(model, tokenizer, rows, sampling, batch_size)
-        else:
-            ended = decode(model, tokenizer, rows, sampling, batch_size)
+        ended = decode_rehearsed(model, tokenizer, rows, sampling, batch_size, plain)
         finished = collect(ended, journals, len(rows))
     for share in all_gather(finished):
         done |= share
@@ -438,47 +491,6 @@ def evaluation_mode(model: Model) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def fit_context_window(
-    model: Model,
-    tokenizer: Tokenizer,
-    family: str,
-    prompts: list[str],
-    max_new_tokens: int | list[int],
-    overflow: str,
-) -> list[tuple[list[int], int]]:
-    """Return (token ids, limit of new tokens) of each prompt, within the positions the model has.
-
-    overflow says what becomes of a prompt that leaves no position for a new token: "error" raises
-    UserError; "truncate_left" drops its first tokens (few-shot examples, not the question); "skip"
-    gives it the limit 0.  With 256 positions and 20 new tokens: 250 tokens -> 250 and the limit 6;
-    300 tokens, "truncate_left" -> the last 236 and the limit 20.
-    """
-    limits = max_new_tokens
-    if isinstance(limits, int):
-        limits = [limits] * len(prompts)
-    positions = sys.maxsize
-    if family == "decoder" and (getattr(model.config, "max_position_embeddings", None) or 0) > 0:
-        positions = model.config.max_position_embeddings
-    fitted = []
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        ids = tasks.encode_prompt(tokenizer, family, prompt)
-        if len(ids) >= positions and overflow == "truncate_left":
-            ids = ids[min(limit, positions // 2) - positions :]
-        if not ids or (len(ids) >= positions and overflow == "error"):
-            raise UserError(
-                f"prompt {i} has {len(ids)} tokens: it needs at least 1 and, in this model, fewer "
-                f"than {positions}"
-            )
-        fitted.append((ids, min(limit, max(0, positions - len(ids)))))
-    shorter = sum(new < limit for (_, new), limit in zip(fitted, limits, strict=True))
-    if shorter and rank_and_world_size()[0] == 0:
-        print(
-            f"the model has {positions} positions: {shorter} of {len(prompts)} prompts get fewer "
-            f"new tokens than asked, {sum(new == 0 for _, new in fitted)} none"
-        )
-    return fitted
 
 
 def weight_checksums(model: Model) -> list[float]:
@@ -511,20 +523,17 @@ def open_journals(path: StrPath | None) -> tuple[list[Journal], dict[str, dict]]
 
 
 def missing_rows(
-    prompts: list[str], fitted: list, keys: list[list[str]], done: dict[str, dict], seed: int
+    fitted: list, keys: list[list[str]], streams: list[list[int]], done: dict[str, dict]
 ) -> list[Row]:
     """Return this rank's share of the rows that are not done, the longest prompts first."""
-    import torch
-
     rank, world_size = rank_and_world_size()
     missing = [i for i, (_, limit) in enumerate(fitted) if limit and not done.keys() >= {*keys[i]}]
     missing.sort(key=lambda i: -len(fitted[i][0]))
     rows = []
     for i in missing[rank::world_size]:
-        for k, key in enumerate(keys[i]):
+        for key, stream in zip(keys[i], streams[i], strict=True):
             if key not in done:
-                stream = int(storage.fingerprint([seed, prompts[i], k]), 16) % 2**63
-                rows.append(Row(i, key, *fitted[i], torch.Generator().manual_seed(stream)))
+                rows.append(Row(i, key, *fitted[i], stream))
     return rows
 
 
@@ -533,27 +542,11 @@ def collect(ended: Iterator[Finished], journals: list[Journal], total: int) -> d
     finished = {}
     is_rank0 = rank_and_world_size()[0] == 0
     with contextlib.closing(ended):
-        for row, text, reason in storage.progress(ended, "decoding", is_rank0, total):
+        for row, text, reason in terminal.progress(ended, "decoding", is_rank0, total):
             finished[row.key] = {"key": row.key, "completion": text, "finish_reason": reason}
+            row.new_ids.clear()  # the rows of all prompts stay
             if journals:
                 journals[0].append([finished[row.key]])
     for journal in journals:
         journal.close()
     return finished
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_gather(value: Any) -> list:
-    """Return the value of each rank; every rank must call it."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

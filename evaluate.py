@@ -4,32 +4,31 @@ python evaluate.py generate --model DIR --prompts FILE.jsonl --out FILE.jsonl   
 python evaluate.py score saved/completion_data/*/*.json [--part train|test|all] [--json]
 python evaluate.py table [--format markdown]       # beside the paper's values
 python evaluate.py plot degree --out FILE.png      # figures
-python evaluate.py show FILE                       # wrong, right and unreadable completions
+python evaluate.py page --out FILE [FILE ...]      # all of it, to look through in a browser
+python evaluate.py show FILE [--disagree]          # completions; or where the rules differ
 python evaluate.py diff FILE FILE                  # where two runs differ
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+import distributed
 import storage
 import tasks
+import terminal
 from completions import Completion, read_completions, rows_of_part
-from decoding import (
-    StrPath,
-    all_gather,
-    generate,
-    has_extra,
-    load_model,
-    rank_and_world_size,
-    select_device,
-)
+from decoding import StrPath, generate, has_extra
+from distributed import all_gather, rank_and_world_size
+from models import load_model, select_device
 from storage import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class Score(TypedDict, total=False):
     correct_format: float
     complete: float  # that stopped by themselves
     no_answer: int
-    votes: dict  # of extras/report.py, where questions have several answers
+    votes: dict  # of extras/compare.py, where questions have several answers
 
 
 def wilson_interval(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -106,12 +105,12 @@ def grade_rows(metadata: dict, rows: list[Completion], rules: str) -> list[Grade
 def score(
     path: StrPath,
     part: str = "test",
-    split: str = "default",
+    split: str | None = None,
     data_dir: StrPath = "data",
     rules: str = "paper",
     allow_partial: bool = False,
 ) -> Score:
-    """Score a part of a completion file."""
+    """Score a part of a completion file.  split: None is the one that it was made for."""
     metadata, rows = read_completions(path)
     return score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial)[0]
 
@@ -121,12 +120,13 @@ def score_rows(
     metadata: dict,
     rows: list[Completion],
     part: str,
-    split: str,
+    split: str | None,
     data_dir: StrPath,
     rules: str,
     allow_partial: bool,
 ) -> tuple[Score, list[GradedRow]]:
     """Return the score of a part of what was read from path, and its graded rows."""
+    split = split or metadata.get("split") or "default"
     rows = rows_of_part(path, metadata, rows, part, split, data_dir, allow_partial)
     if not rows:
         raise UserError(f"{path} has no completion of part '{part}'")
@@ -186,29 +186,55 @@ def print_scores(scores: list[Score]) -> None:
             f"{s['file']} ({s['part']})"
         )
         if "votes" in s:
-            from extras import report
+            from extras import compare
 
-            print(f"{'':10}{report.describe_votes(s)}")
+            print(f"{'':10}{compare.describe_votes(s)}")
+
+
+def print_accuracy(scored: Score, epoch: int | None) -> None:
+    """Print two lines about a student that was just evaluated."""
+    when = ""
+    if epoch:
+        when = f" after epoch {epoch}"
+    interval = f"[{scored['low']:.1f}, {scored['high']:.1f}]"
+    count = f"{scored['correct']} of {scored['n']}"
+    print(f"    test accuracy{when}: {scored['accuracy']:.2f}% {interval}, {count}")
+    print(f"    -> {scored['file']}")
 
 
 def print_completion(title: str, row: Completion, verdicts: dict[str, Verdict]) -> None:
     """Print a completion with its question and gold answer, and what each set of rules reads."""
     print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})")
-    print(f"  question:   {row['question'].strip()}")
+    print_field("question", row["question"])
     if "reasoning_completion" in row:
-        print(f"  rationale:  {(row['reasoning_completion'] or '').strip()}")
-    print(f"  completion: {(row['completion'] or '').strip()}\n  gold:       {row['answer']}")
+        print_field("rationale", row["reasoning_completion"] or "")
+    print_field("completion", row["completion"] or "")
+    print_field("gold", row["answer"])
     for rules, verdict in verdicts.items():
         outcome = "right" if verdict.correct else "wrong"
-        print(f"  {rules + ':':<11} {verdict.prediction} is {outcome}, of {verdict.candidates}")
+        print_field(rules, f"{verdict.prediction} is {outcome}, of {verdict.candidates}")
+
+
+def print_field(name: str, text: str) -> None:
+    """Print a text behind its name, in lines of 120 characters at most."""
+    lines = []
+    for line in text.strip().splitlines():
+        lines += textwrap.wrap(line, 105) or [""]
+    print(
+        "\n".join([f"  {name + ':':<12}{''.join(lines[:1])}", *(f"{'':14}{x}" for x in lines[1:])])
+    )
 
 
 def print_report(results: list[Score], student: str, seed: int, saved: StrPath) -> None:
     """Print a run's last table, a right and a wrong completion, and where its files are."""
     task = tasks.TASKS[results[-1]["task"]]
+    last = results[-1]
+    answers = ""
+    if last["n"] > last["questions"]:
+        answers = f" x {last['n'] / last['questions']:g} answers"
+    asked = f"{last['questions']} test questions{answers}"
     print(
-        f"\n{task.name}, {results[-1]['n']} test questions, student {student}, seed {seed} "
-        f"(a random guess: {task.random}%)\n"
+        f"\n{task.name}, {asked}, student {student}, seed {seed} (a random guess: {task.random}%)\n"
     )
     print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
     labels = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}
@@ -228,11 +254,8 @@ def print_report(results: list[Score], student: str, seed: int, saved: StrPath) 
         if outcome in examples:
             method, one = examples[outcome]
             print_completion(f"A {outcome} completion of {method}:", one.row, one.verdicts)
-    print(
-        f"\nEverything is under {saved}/: completion_data (texts), finetune_data (curated), models "
-        "(students, log.jsonl).  "
-        f"Compare runs: python evaluate.py table --saved {saved}"
-    )
+    print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data, models")
+    print(f"Compare runs: python evaluate.py table --saved {saved}")
 
 
 # ---------------- Command line
@@ -276,7 +299,7 @@ def generate_file(
     where = select_device(device)
     is_distributed = "RANK" in os.environ  # under torchrun
     if is_distributed:
-        storage.init_ranks(where)
+        distributed.init_ranks(where)
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
     loaded, tokenizer, family = load_model(model, dtype)
     completions = generate(
@@ -308,7 +331,7 @@ def write_generated(out: str, rows: list[dict], completions: list[list[dict]]) -
 def score_files(
     files: list[str],
     part: str,
-    split: str,
+    split: str | None,
     data: str,
     rules: str,
     allow_partial: bool,
@@ -316,12 +339,10 @@ def score_files(
 ) -> None:
     """Print one line, or one JSON object, for each completion file."""
     score_file = score
-    if has_extra("report"):
-        from extras import report
+    if has_extra("compare"):
+        from extras import compare
 
-        score_file = (
-            report.score_with_votes
-        )  # adds a majority vote where questions have several answers
+        score_file = compare.score_with_votes  # and a vote where questions have several answers
     scores = [
         score_file(
             path, part=part, split=split, data_dir=data, rules=rules, allow_partial=allow_partial
@@ -364,10 +385,12 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     parts = ["train", "validation", "test", "all"]
     part = "samples to score (default test; the paper's Teacher rows: all)"
     add("--part", choices=parts, default="test", help=part)
-    add("--split", default="default", help="default, template, few_shot_8, ... (default: default)")
-    rules = "answer cleansing that decides (default paper)"
+    split = "default, template, few_shot_8, ... (default: the one that a file was made for)"
+    add("--split", help=split)
+    rules = "rules that read the answer (default paper)"
     add("--rules", choices=["paper", "flexible"], default="paper", help=rules)
-    add("--data", default="data", help="folder of the prepared benchmarks (default data)")
+    data = storage.default_folder("data")
+    add("--data", default=data, help="folder of the prepared benchmarks (default the project's)")
     add("--allow_partial", action="store_true", help="score files that lack samples of the part")
     as_json = "one JSON object a file instead of a table"
     add("--json", action="store_true", dest="as_json", help=as_json)
@@ -378,7 +401,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True)
+    form = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=form)
     generate_parser = commands.add_parser("generate", help="complete prompts with a local model")
     generate_parser.set_defaults(run=generate_file)
     add_generate_flags(generate_parser)
@@ -386,31 +410,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     score_parser.set_defaults(run=score_files)
     add_score_flags(score_parser)
     if has_extra("report"):
-        from extras import plot, report
+        from extras import compare, page, plot, report
 
-        report.add_commands(commands)
+        report.add_command(commands)
+        compare.add_commands(commands)
         plot.add_command(commands)
-    elif argv[:1] and argv[0] in ("table", "plot", "show", "diff"):
+        page.add_command(commands)
+    elif argv[:1] and argv[0] in ("table", "plot", "page", "show", "diff"):
         raise UserError(f"evaluate.py {argv[0]} needs extras/report.py, which is not here")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; an error that the user can correct is one sentence and a failing exit."""
-    storage.escape_unencodable_output()
-    try:
+    with terminal.error_exits():
         options = vars(parse_args(argv))
         run = options.pop("run")
         del options["command"]
         run(**options)
-    except (UserError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except ModuleNotFoundError as e:
-        sys.exit(storage.missing_extras_message(e))
-    except RuntimeError as e:
-        sys.exit(storage.peer_failure_message(e))
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept; start the same command again to go on")
 
 
 if __name__ == "__main__":

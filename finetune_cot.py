@@ -13,26 +13,29 @@ skipped when that is there already, made with the same settings.
 import dataclasses
 import functools
 import os
-import re
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import chats
 import completions
 import curation
 import decoding
+import distributed
 import evaluate
 import flags
+import models
+import provenance
 import storage
 import tasks
 import teacher
+import terminal
 from completions import SamplingConfig
-from decoding import LoadedModel
-from storage import Ranks, UserError, on_rank0, print0
-from tasks import API_FAMILIES, FINE_TUNED, PROMPTED, Benchmark, Sample
+from distributed import Ranks, on_rank0, print0
+from models import LoadedModel
+from provenance import STAGES, TRAINED_WITH
+from storage import UserError
+from tasks import API_FAMILIES, FINE_TUNED, PROMPTED, Sample
 
 # ---------------- 1. Sample: the teacher explains its answers (paper §3, reasoning generation)
 
@@ -40,63 +43,63 @@ from tasks import API_FAMILIES, FINE_TUNED, PROMPTED, Benchmark, Sample
 def sample(args: Namespace, ranks: Ranks) -> None:
     """Write the teacher's completion dataset: --degree rationales for each question of the task.
 
-    A toy or local teacher is asked all questions, train and test, as in the published files.  A
-    grid samples its largest --degree once; the smaller ones use the first completions of it.
+    A grid samples its largest --degree once; the smaller ones use the first completions of it.
     """
     path = flags.teacher_file(args)
     if flags.is_remote_teacher(args):
         on_rank0(ranks, lambda: sample_remote_teacher(args, path))
-        return
-    samples = tasks.load(args.task, args.data)
-    plan = teacher_plan(args, family="decoder")
-    settings = {"teacher": args.teacher, "method": plan.template, "degree": plan.degree}
-    settings |= {"temperature": plan.temperature, "seed": args.data_seed}
-    settings |= {"max_new_tokens": plan.max_new_tokens, **fingerprints(samples, plan)}
+    else:
+        sample_local_teacher(args, ranks, path)
+
+
+def sample_local_teacher(args: Namespace, ranks: Ranks, path: Path) -> None:
+    """Ask a toy or local teacher all questions, train and test, as in the published files.
+
+    Of a file with more rationales a question the first serve; to one with fewer the rest is added.
+    """
+    samples = on_rank0(ranks, lambda: tasks.load(args.task, args.data))
+    chat = chat_config(args, ranks, "sample", args.teacher, args.teacher_method)
+    family = "chat" if chat else "decoder"
+    plan = on_rank0(ranks, lambda: flags.teacher_plan(args, family))
+    settings = completions.sampling_settings(plan, samples, args.data_seed)
+    settings |= chats.chat_settings(chat)
     if args.teacher.startswith("hf:"):
-        settings["model"] = storage.model_fingerprint(args.teacher.removeprefix("hf:"))
-    if on_rank0(ranks, lambda: completions.completions_match("sample", path, args.task, settings)):
+        folder = args.teacher.removeprefix("hf:")
+        made_by = on_rank0(ranks, lambda: provenance.model_fingerprint(folder, args.saved))
+        settings["model"] = made_by
+    first = on_rank0(ranks, lambda: completions.sampled_degree(path, args.task, settings))
+    if first >= plan.degree:
         return
-    complete = teacher_complete(args, ranks, path)
-    data = completions.make_completions(complete, samples, plan)
+    asked = f"{len(samples):,} questions x {plan.degree} rationales"
+    print0(ranks, f"1/4 sample: the teacher {args.teacher} explains its answers, {asked}")
+    complete = chats.in_template(teacher_complete(args, ranks, path, first), chat)
+    data = completions.make_completions(complete, samples, plan, first)
     if ranks.is_rank0:
         metadata = flags.teacher_metadata(args) | {"settings": settings}
-        completions.write_completions(path, metadata, data)
-        print(f"sample: {len(samples)} questions x {plan.degree} rationales -> {path}")
+        completions.write_completions(path, metadata, data, first)
+        print(f"    -> {path}")
 
 
-def teacher_plan(args: Namespace, family: str) -> SamplingConfig:
-    """Return how the teacher is asked."""
-    temperature = args.temperature
-    if args.no_temperature and flags.is_remote_teacher(args):
-        temperature = None
-    plan = {"model": args.teacher, "api": args.api, "family": family}
-    plan |= {"template": args.teacher_method, "degree": args.sample_degree}
-    plan |= {"max_new_tokens": args.teacher_max_new_tokens, "temperature": temperature}
-    plan |= {"choices": args.choices, "legacy_max_tokens": args.legacy_max_tokens}
-    return SamplingConfig(**plan, examples=few_shot_examples(args, args.teacher_method))
+def chat_config(
+    args: Namespace, ranks: Ranks, stage: str, name: str, method: str
+) -> chats.ChatConfig | None:
+    """Return how a local model is asked in its chat template, or None for plain prompts."""
+    options = (args.chat, args.thinking, args.system)
+    return on_rank0(ranks, lambda: chats.chat_config(stage, name, method, *options))
 
 
-def few_shot_examples(args: Namespace, method: str) -> str:
-    return completions.few_shot_prompt(args.task, args.data) if method == "fs_cot" else ""
+def teacher_complete(args: Namespace, ranks: Ranks, path: Path, first: int) -> Callable:
+    """Return complete(prompts, max_new_tokens, temperature, n, stop) of a toy or local teacher.
 
-
-def fingerprints(samples: list[Sample], plan: SamplingConfig) -> dict:
-    """Return what tells, in settings, that questions, templates or few-shot examples changed."""
-    known = {"samples": storage.fingerprint(samples)}
-    known["texts"] = tasks.template_fingerprint(plan.template, plan.family)
-    if plan.examples:
-        known["examples"] = storage.fingerprint(plan.examples)
-    return known
-
-
-def teacher_complete(args: Namespace, ranks: Ranks, path: Path) -> Callable:
-    """Return complete(prompts, max_new_tokens, temperature, n, stop) of a toy or local teacher."""
+    first: completions of each prompt that are there already.
+    """
     if args.teacher == "toy":
         from data.toy import toy_teacher
 
-        return functools.partial(toy_teacher, seed=args.data_seed)
-    loaded = decoding.load_model(args.teacher.removeprefix("hf:"))
-    return local_complete(args, ranks, loaded, args.teacher_method, path, args.data_seed)
+        return functools.partial(toy_teacher, seed=args.data_seed, first=first)
+    loaded = load_shared(args.teacher.removeprefix("hf:"), ranks)
+    complete = local_complete(args, ranks, loaded, args.teacher_method, path, args.data_seed)
+    return functools.partial(complete, first=first)
 
 
 def local_complete(
@@ -104,8 +107,9 @@ def local_complete(
 ) -> Callable:
     """Return complete(...) of a loaded model, for completions that will be written to `path`."""
     loaded.model.to(ranks.device)
-    # of a few-shot prompt that is too long, examples are cut off, not the question
-    overflow = "truncate_left" if method == "fs_cot" else "skip"
+    overflow = "skip"
+    if method == "fs_cot":  # of a prompt that is too long, examples are cut off, not the question
+        overflow = "truncate_left"
     options = {"batch_size": args.eval_batch_size, "seed": seed, "overflow": overflow}
     options |= {"journal": path, "plain": args.plain}
     return functools.partial(decoding.generate, *loaded, **options)
@@ -117,26 +121,18 @@ def sample_remote_teacher(args: Namespace, path: Path) -> None:
     if args.dry_run:
         from extras import dry_run
 
-        keys = [key for key in tasks.TASKS if key != "toy"] if args.task == "all" else [args.task]
+        keys = [args.task]
+        if args.task == "all":
+            keys = [key for key in tasks.TASKS if key != "toy"]
         dry_run.dry_run(lambda task: remote_job(args, task), keys, api, args.student)
         return
-    journal = path.with_suffix(".journal.jsonl")
-    has_journal = journal.exists() and journal.stat().st_size > 0
-    if path.exists() and not (has_journal and flags.has_api(args)):
-        print(f"sample: using the completions of {args.teacher} at {path}")
+    if path.exists() and not (teacher.has_journal(path) and flags.has_api(args)):
+        print(f"1/4 sample: using the completions of {args.teacher}\n    <- {path}")
         return
     if not flags.has_api(args):
-        raise UserError(
-            f"there are no completions of {args.teacher} for {args.task} at {path}: put the "
-            "teacher's completion file there (saved/README.md has the format), set OPENAI_API_KEY "
-            "or --base_url to sample it through the API, or take a local teacher, hf:NAME"
-        )
+        raise teacher.no_completions(args.teacher, args.task, path.resolve())
     plan, samples, _ = remote_job(args, args.task)
-    if plan.degree > 1 and plan.temperature == 0:
-        raise UserError(
-            f"--degree {plan.degree} at --temperature 0 would buy {plan.degree} identical "
-            "rationales: use --temperature 0.7"
-        )
+    teacher.refuse_identical(plan)
     metadata = flags.teacher_metadata(args)
     rules = args.rules or teacher.default_rules(plan.api)
     job = (path, metadata, plan, samples, api, rules)
@@ -156,12 +152,17 @@ def api_config(args: Namespace) -> teacher.ApiConfig:
 def remote_job(args: Namespace, task: str) -> tuple[SamplingConfig, list[Sample], Path]:
     """Return what to ask of a teacher behind an API, of which questions, and for which file."""
     args = Namespace(**vars(args) | {"task": task})  # a dry run asks for every task
-    benchmark = load_benchmark(args)
+    benchmark = flags.load_benchmark(args)
     indices = benchmark.train
     if args.teacher_part == "all":
         indices = sorted(benchmark.train + benchmark.test)
-    plan = teacher_plan(args, family="chat" if args.api == "chat" else "decoder")
-    return plan, [benchmark.samples[i] for i in indices], flags.teacher_file(args)
+    samples = [benchmark.samples[i] for i in indices]
+    path = flags.teacher_file(args)
+    family = "decoder"
+    if args.api == "chat":
+        family = "chat"
+    plan = flags.teacher_plan(args, family)
+    return teacher.with_limit(plan, samples, path, args.teacher_max_new_tokens), samples, path
 
 
 def publish_partial_completions(args: Namespace) -> None:
@@ -174,154 +175,123 @@ def publish_partial_completions(args: Namespace) -> None:
 # ---------------- 2. Curate: keep what is right, as the student will read it (paper §3, curation)
 
 
-def student_family(args: Namespace) -> str:
-    """Return what the student reads: decoder, encoder_decoder, openai or chat samples.
-
-    A folder's config tells; of a hub name, which need not be downloaded for curation, the name.
-    """
-    if args.label_style in API_FAMILIES:
-        return API_FAMILIES[args.label_style]
-    if args.family:
-        return args.family
-    config = Path(args.student) / "config.json"
-    if config.is_file():
-        is_encoder_decoder = storage.read_json(config).get("is_encoder_decoder")
-    else:
-        is_encoder_decoder = re.search(r"t5|bart|pegasus", args.student.lower())
-    return "encoder_decoder" if is_encoder_decoder else "decoder"
-
-
-def student_template(args: Namespace, method: str) -> str:
-    """Return a method's template in the --label_style, or in `token` where it has none of that."""
-    if method in PROMPTED:
-        return method
-    name = f"{method}_{args.label_style}"
-    return name if name in tasks.TEMPLATES else f"{method}_token"
-
-
-def load_benchmark(args: Namespace, validation: float = 0.0) -> Benchmark:
-    return tasks.load_benchmark(args.task, args.split, args.data, validation, args.data_seed)
-
-
 def plan_curation(args: Namespace, method: str) -> curation.CurationPlan:
     """Read all inputs and say what the file is made from.  Raises UserError if some are missing."""
-    family = student_family(args)
-    template = student_template(args, method)
-    benchmark = load_benchmark(args, args.validation)
+    family = flags.student_family(args)
+    template = flags.student_template(args, method)
+    benchmark = flags.load_benchmark(args, args.validation)
     samples = storage.fingerprint(benchmark.samples)
     settings = {"source": samples, "samples": samples, "split": args.split}
     settings |= {"train": storage.fingerprint(benchmark.train), "template": template}
     settings |= {"family": family, "texts": tasks.template_fingerprint(template, family)}
+    settings |= {"code": provenance.code_fingerprint(args.task)}
     path = flags.finetune_file(args, method, family)
     if method == "ft":
         return curation.CurationPlan(path, settings, benchmark)
     source = flags.teacher_file(args)
     if not source.exists():
         raise UserError(
-            f"there are no completions of {args.teacher} for {args.task} at {source}: run --stage "
-            "sample, or put the teacher's file there"
+            f"there are no completions of {args.teacher} for {args.task} at {source.resolve()}: "
+            "run --stage sample, or put the teacher's file there"
         )
     settings["source"] = storage.file_sha256(source)
     metadata, rows = completions.read_completions(source, args.task)
-    api = metadata.get("settings", {}).get("api")
-    settings |= {"teacher": args.teacher, "degree": args.degree}
-    settings |= {"rules": args.rules or teacher.default_rules(api), **flags.curation_options(args)}
+    sampled_with = metadata.get("settings", {})
+    rules = args.rules or teacher.default_rules(sampled_with.get("api"))
+    options = flags.curation_options(args)
+    settings |= {"teacher": args.teacher, "degree": args.degree, "rules": rules, **options}
+    settings |= flags.rationale_option(args)
     if args.filter == "random":
         settings["data_seed"] = args.data_seed
-    teacher_template = metadata.get("prediction_template")
-    options = filter_config(args)
-    return curation.CurationPlan(path, settings, benchmark, source, rows, teacher_template, options)
-
-
-def filter_config(args: Namespace) -> Any:
-    """Return the filters beyond the paper's rule, a filters.FilterConfig, or None."""
-    if flags.curation_options(args):
-        from extras import filters
-
-        values = {name: getattr(args, name) for name in flags.CURATION}
-        return filters.FilterConfig(**values, seed=args.data_seed)
-    return None
-
-
-def curate(args: Namespace, method: str) -> str:
-    """Write the fine-tuning file of a method, unless it is there; return its SHA-256."""
-    return curation.curate(plan_curation(args, method))
+    return curation.CurationPlan(
+        path,
+        settings,
+        benchmark,
+        source,
+        rows,
+        template=metadata.get("prediction_template"),
+        filters=curation.filter_config(options, args.data_seed),
+        taught=provenance.teacher_flags(sampled_with),
+    )
 
 
 # ---------------- 3. Train: fine-tune the student (paper §3).  The loop itself is train_loop.py
-
-TRAINED_WITH = (  # flags that change the student
-    "epochs batch_size lr weight_decay seed precision max_length schedule warmup max_grad_norm"
-).split()
 
 
 def student_source(args: Namespace, ranks: Ranks) -> str:
     """Return the folder or name of the untrained student; the toy student is made on the spot."""
     if args.student != "toy":
         return args.student
-    from data.toy import make_toy_student
+    from data.toy import untrained_student
 
-    folder = Path(args.saved) / "models" / "B_toy_student" / f"untrained_s{args.seed}"
-    with storage.file_lock(folder, ranks.is_rank0, timeout=60):
-        last_file = folder / "tokenizer_config.json"
-        if ranks.is_rank0 and not last_file.exists():
-            make_toy_student(folder, args.seed)
-    on_rank0(ranks, lambda: None)  # the other ranks wait here
-    return str(folder)
+    return untrained_student(args.saved, args.seed, ranks)
 
 
-def train(args: Namespace, ranks: Ranks, method: str, data_file: Path) -> None:
-    """Fine-tune the student on a fine-tuning file, evaluating it every --eval_every epochs."""
+def load_shared(name: str, ranks: Ranks) -> LoadedModel:
+    """Load a model, a folder of which other machines get from rank 0 if they lack it."""
+    distributed.share_folder(Path(name), ranks)
+    return models.load_model(name)
+
+
+def train_settings(args: Namespace, source: str, data_file: Path, out: Path) -> dict:
+    """Return what makes a student.  Raises UserError for a file that is no fine-tuning data."""
+    if not (out / "run.json").exists():
+        storage.read_finetune_data(data_file)
+    settings = {"student": provenance.model_fingerprint(source, args.saved)}
+    settings |= {"finetune_data": storage.file_sha256(data_file)}
+    return settings | {name: getattr(args, name) for name in TRAINED_WITH}
+
+
+def train(
+    args: Namespace, ranks: Ranks, method: str, data_file: Path, steps_after: int
+) -> LoadedModel | None:
+    """Fine-tune the student on a fine-tuning file, evaluating it every --eval_every epochs.
+
+    Returns the student, or None where it is finished already.
+    steps_after: those of the students that come after this one, for the time that is left.
+    """
     import checkpoints
+    import tokens
     import train_loop
 
-    data = storage.read_finetune_data(data_file)
     out = flags.student_dir(args, method)
     source = student_source(args, ranks)
-    settings = {"student": storage.model_fingerprint(source)}
-    settings |= {"finetune_data": storage.file_sha256(data_file)}
-    settings |= {name: getattr(args, name) for name in TRAINED_WITH}
+    settings = on_rank0(ranks, lambda: train_settings(args, source, data_file, out))
     if Path(source).resolve() == out.resolve():
         raise UserError(f"--out {out} is the student itself: choose another folder")
-    state = on_rank0(ranks, lambda: storage.prepare_output_dir(out, settings))
+    redo = provenance.is_redone(args.redo, "train")
+    state = on_rank0(ranks, lambda: storage.prepare_output_dir(out, settings, redo))
     if state == "finished":
-        return
-    made_by = storage.fingerprint(settings)
+        return None
     if ranks.is_rank0 and not args.finetune_data:  # evaluations of an older student of this name
+        made_by = None
+        if state == "unfinished":
+            made_by = storage.fingerprint(settings)
         folder = flags.test_file(args, method, 0).parent
         names = f"D_{args.task}__T_{flags.train_key(args, method)}__E_*.json"
-        completions.set_aside_completions(
-            folder.glob(names), made_by if state == "unfinished" else None
-        )
-    student = decoding.load_model(source)
+        completions.set_aside_completions(folder.glob(names), made_by)
+    student = load_shared(source, ranks)
     curation.check_family(data_file, family=student.family, student=args.student)
-    print0(ranks, f"train: {method} on {data_file} -> {out}")
+    line = f"3/4 train ({method}): fine-tuning the student {args.student}\n    <- {data_file}"
+    print0(ranks, line)
+    samples = tokens.load_or_tokenize(student, data_file, out, args.max_length, ranks)
     names = [field.name for field in dataclasses.fields(train_loop.TrainConfig)]
     config = train_loop.TrainConfig(**{name: getattr(args, name) for name in names})
-    for epoch in train_loop.train(*student, data, out, config, settings, ranks, vars(args)):
+    run = (samples, out, config, settings, ranks, vars(args), steps_after)
+    for epoch in train_loop.train(student.model, student.tokenizer, *run):
         if args.eval_every and epoch % args.eval_every == 0:
-            result = evaluate_student(args, ranks, method, student, epoch, made_by)
+            result = evaluate_student(args, ranks, method, student, epoch, settings)
             if args.keep_best and ranks.is_rank0:
-                part = "validation" if args.validation else "test"
+                part = "test"
+                if args.validation:
+                    part = "validation"
                 best = evaluate.score(result["file"], part, args.split, args.data)
                 checkpoints.keep_best(out, best, student.model, student.tokenizer)
-    command = f"python evaluate.py generate --model {out} --prompts FILE --out FILE"
-    print0(ranks, f"train: the student is in {out}; try it: {command}")
+    print0(ranks, f"    -> {out}")
+    return student
 
 
 # ---------------- 4. Evaluate: the student completes the test questions (paper §4)
-
-
-def student_plan(
-    args: Namespace, method: str, family: str, model: str, api: str = ""
-) -> SamplingConfig:
-    """Return how the student is asked: greedily, or --eval_samples times at a temperature."""
-    k = args.eval_samples
-    plan = {"model": model, "api": api, "family": family}
-    plan |= {"template": student_template(args, method), "degree": k, "choices": k}
-    plan |= {"max_new_tokens": args.max_new_tokens}
-    plan |= {"temperature": args.eval_temperature if k > 1 else 0.0}
-    return SamplingConfig(**plan, examples=few_shot_examples(args, method))
 
 
 def evaluate_student(
@@ -330,101 +300,89 @@ def evaluate_student(
     method: str,
     student: LoadedModel,
     epoch: int | None,
-    made_by: str,
+    made_with: dict,
+    redo: bool = False,
 ) -> dict:
     """Write a student's completion dataset on the test part, unless it is there; return its score.
 
-    made_by: the fingerprint of what it was made with.
+    made_with: the settings of its training run; of an untrained one {"student": its hash}.
     """
     path = flags.test_file(args, method, epoch)
-    benchmark = load_benchmark(args, args.validation if method in FINE_TUNED else 0.0)
+    validation = 0.0
+    made_by = made_with["student"]
+    if method in FINE_TUNED:
+        validation = args.validation
+        made_by = storage.fingerprint(made_with)
+    benchmark = on_rank0(ranks, lambda: flags.load_benchmark(args, validation))
     samples = [benchmark.samples[i] for i in benchmark.test + benchmark.validation]
-    plan = student_plan(args, method, student.family, args.student)
-    settings = {"model": made_by, "epoch": epoch, "template": plan.template}
-    settings |= {"max_new_tokens": plan.max_new_tokens, **fingerprints(samples, plan)}
-    if plan.degree > 1:
-        settings |= {"samples_a_question": plan.degree}
-        settings |= {"temperature": plan.temperature, "seed": args.seed}
-    if not on_rank0(
-        ranks, lambda: completions.completions_match("evaluate", path, args.task, settings)
+    chat = chat_config(args, ranks, "evaluate", args.student, method)
+    family = "chat" if chat else student.family
+    plan = on_rank0(ranks, lambda: flags.student_plan(args, method, family, args.student))
+    settings = completions.evaluation_settings(plan, made_by, epoch, samples, args.seed)
+    settings |= chats.chat_settings(chat)
+    run = flags.run_metadata(args, method, made_with) | {"family": student.family}
+    run |= {"parameters": student.model.num_parameters()}
+    if method in FINE_TUNED:
+        run["questions"] = len(benchmark.train)
+    if redo or not on_rank0(
+        ranks, lambda: completions.completions_match("evaluate", path, args.task, settings, run)
     ):
-        start = time.perf_counter()
+        print0(ranks, f"4/4 evaluate ({method}): the student answers {len(samples):,} questions")
         complete = local_complete(args, ranks, student, method, path, args.seed)
+        complete = chats.in_template(complete, chat)
         data = completions.make_completions(complete, samples, plan)
-        metadata = student_metadata(args, method, plan, epoch)
-        metadata |= {"validation": benchmark.validation, "settings": settings}
-        metadata |= {"run": run_metadata(args, method, len(benchmark.train), student.model)}
+        metadata = flags.student_metadata(args, method, plan.template, epoch)
+        metadata |= {"validation": benchmark.validation, "settings": settings, "run": run}
         if ranks.is_rank0:
             completions.write_completions(path, metadata, data)
-            print(f"evaluate: {len(samples)} questions in {time.perf_counter() - start:.1f} s")
     return on_rank0(ranks, lambda: score_student(args, method, path, epoch))
-
-
-def student_metadata(args: Namespace, method: str, plan: SamplingConfig, epoch: int | None) -> dict:
-    """Return who made a completion file, by the names that its files have in saved/."""
-    metadata = {"dataset_key": args.task, "base_model": storage.model_key(args.student)}
-    metadata |= {"completion_key": method, "finetune_key": None, "train_key": None}
-    if method in FINE_TUNED:
-        metadata["finetune_key"] = flags.finetune_key(args, method)
-        metadata["train_key"] = flags.train_key(args, method)
-    metadata |= {"epoch": epoch, "prediction_template": plan.template}
-    return metadata | {"split": args.split, "part": "test"}
-
-
-def run_metadata(args: Namespace, method: str, questions: int, model: object) -> dict:
-    """Return what a plot needs to know of a run: what the paper's studies vary, and the sizes."""
-    known = {"parameters": sum(p.numel() for p in model.parameters())}
-    names = []
-    if method in FINE_TUNED:
-        known["questions"] = questions
-        names += "lr batch_size epochs label_style split seed".split()
-    if method == "ft_cot":
-        names += "teacher teacher_method temperature degree filter max_rationale_words".split()
-    return known | {name: getattr(args, name) for name in names}
 
 
 def score_student(args: Namespace, method: str, path: Path, epoch: int | None) -> dict:
     """Score a completion file on the test part and print the accuracy."""
     result = evaluate.score(path, "test", args.split, args.data)
-    when = f" epoch {epoch}" if epoch else ""
-    print(
-        f"evaluate: {method}{when}: test accuracy {result['accuracy']:.2f}% [{result['low']:.1f}, "
-        f"{result['high']:.1f}] ({result['correct']} of {result['n']}) -> {path}"
-    )
+    evaluate.print_accuracy(result, epoch)
     if args.eval_samples > 1:
-        from extras import report
+        from extras import compare
 
-        print(f"evaluate: {report.describe_votes(result, args.data)}")
+        print(f"evaluate: {compare.describe_votes(result, args.data)}")
     return result
 
 
-def evaluate_finished_student(args: Namespace, ranks: Ranks, method: str) -> dict:
+def evaluate_finished_student(
+    args: Namespace, ranks: Ranks, method: str, redo: bool, student: LoadedModel | None
+) -> dict:
     """Score a finished student, or the untrained one for the methods that only prompt.
 
-    Raises UserError where there is none, or where it was made with other flags than these.
+    student: the one that this run has just trained; None: load it.  Raises UserError where there
+    is none, or where it was made with other flags than these.
     """
     if method in PROMPTED:
         source = student_source(args, ranks)
-        made_by = storage.model_fingerprint(source)
-        return evaluate_student(args, ranks, method, decoding.load_model(source), None, made_by)
+        made_by = on_rank0(ranks, lambda: provenance.model_fingerprint(source, args.saved))
+        made_with = {"student": made_by}
+        student = load_shared(source, ranks)
+        return evaluate_student(args, ranks, method, student, None, made_with, redo)
+    settings = on_rank0(ranks, lambda: finished_student_settings(args, method))
+    if student is None:
+        student = load_shared(str(flags.student_dir(args, method)), ranks)
+    return evaluate_student(args, ranks, method, student, settings["epochs"], settings, redo)
+
+
+def finished_student_settings(args: Namespace, method: str) -> dict:
+    """Return what made a finished student.  Raises UserError where that is not what flags say."""
     out = flags.student_dir(args, method)
-    note = storage.read_json(out / "run.json") if (out / "run.json").exists() else {}
-    settings = note.get("settings")
-    if not note.get("finished") or not isinstance(settings, dict):
-        raise UserError(f"there is no finished student in {out}: run --stage train")
+    settings = provenance.finished_settings(out)
     if not args.out:  # one of --out may have been trained on any file, with any flags
         wanted = {name: getattr(args, name) for name in TRAINED_WITH}
-        data_file = flags.finetune_file(args, method, student_family(args))
+        family = flags.student_family(args)
+        data_file = flags.finetune_file(args, method, family)
         has_source = method == "ft" or flags.teacher_file(args).exists()
         if args.stage == "evaluate" and data_file.exists() and has_source:
-            on_rank0(ranks, lambda: curation.check_curated(plan_curation(args, method)))
+            curation.check_curated(plan_curation(args, method))
             wanted["finetune_data"] = storage.file_sha256(data_file)
         storage.check_settings(out, settings, wanted)
-    epoch = settings.get("epochs")
-    if type(epoch) is not int:
-        raise UserError(f"{out / 'run.json'} does not say its number of epochs: train it again")
-    student = decoding.load_model(str(out))
-    return evaluate_student(args, ranks, method, student, epoch, storage.fingerprint(settings))
+    return settings
 
 
 def evaluate_api_student(args: Namespace, method: str) -> dict:
@@ -435,10 +393,15 @@ def evaluate_api_student(args: Namespace, method: str) -> dict:
 
         model = batch_api.fine_tuned_model(flags.job_file(args, method))
     family = API_FAMILIES[args.label_style]
-    plan = student_plan(args, method, family, model, "chat" if family == "chat" else "completions")
-    benchmark = load_benchmark(args)
+    api = "completions"
+    if family == "chat":
+        api = "chat"
+    plan = flags.student_plan(args, method, family, model, api)
+    benchmark = flags.load_benchmark(args)
     samples = [benchmark.samples[i] for i in benchmark.test]
-    metadata = student_metadata(args, method, plan, epoch=None)
+    metadata = flags.student_metadata(args, method, plan.template, epoch=None)
+    run = flags.run_metadata(args, method, {"student": model})
+    metadata["run"] = run | {"family": family, "questions": len(benchmark.train)}
     metadata = teacher.with_settings(metadata, plan, samples)
     path = flags.test_file(args, method, None)
     rules = args.rules or teacher.default_rules(plan.api)
@@ -451,9 +414,14 @@ def evaluate_api_student(args: Namespace, method: str) -> dict:
 
 def run(args: Namespace, ranks: Ranks) -> list[dict]:
     """Run the stages of one run, a call each; return the scores of the evaluated methods."""
-    stages = ["sample", "curate", "train", "evaluate"] if args.stage == "all" else [args.stage]
-    methods = args.method[-1:] if args.finetune_data else args.method
+    stages = [args.stage]
+    if args.stage == "all":
+        stages = STAGES
+    methods = args.method
+    if args.finetune_data:
+        methods = args.method[-1:]
     tuned = [method for method in methods if method in FINE_TUNED]
+    check_before_start(args, ranks, tuned)
     if "sample" in stages and (args.stage == "sample" or "ft_cot" in tuned):
         is_local = not flags.is_remote_teacher(args)  # the journal of an API has a lock of its own
         with storage.file_lock(flags.teacher_file(args), ranks.is_rank0 and is_local):
@@ -461,23 +429,44 @@ def run(args: Namespace, ranks: Ranks) -> list[dict]:
     curated = {}
     if "curate" in stages:
         if args.stage == "curate" and "ft_cot" in tuned and flags.is_remote_teacher(args):
-            publish_partial_completions(args)
+            on_rank0(ranks, lambda: publish_partial_completions(args))
         for method in tuned:
             curated[method] = curate_method(args, ranks, method)
     results = []
-    for method in methods:
-        if "train" in stages and method in FINE_TUNED:
-            train_method(args, ranks, method, curated.get(method))
+    for i, method in enumerate(methods):
+        is_trained = "train" in stages and method in FINE_TUNED
+        student = None
+        if is_trained:
+            family = flags.student_family(args)
+            later = [flags.finetune_file(args, m, family) for m in methods[i + 1 :]]
+            steps_after = curation.count_steps(later, args.epochs, args.batch_size)
+            student = train_method(args, ranks, method, curated.get(method), steps_after)
         if "evaluate" in stages:
-            results.append(evaluate_method(args, ranks, method))
+            redo = provenance.is_redone(args.redo, "evaluate")
+            if is_trained and args.redo != "evaluate":
+                redo = False  # a student that was trained again has no older evaluation
+            results.append(evaluate_method(args, ranks, method, redo, student))
     return results
+
+
+def check_before_start(args: Namespace, ranks: Ranks, tuned: list[str]) -> None:
+    """Raise UserError for a validation share that cannot be; say which method has no template."""
+    if args.finetune_data:
+        return
+    if args.validation and tuned:
+        on_rank0(ranks, lambda: flags.load_benchmark(args, args.validation))
+    for method in tuned:
+        note = curation.describe_fallback(method, args.label_style)
+        if note:
+            print0(ranks, note)
 
 
 def curate_method(args: Namespace, ranks: Ranks, method: str) -> str:
     """Curate one method on rank 0; return the SHA-256 of its file."""
-    path = flags.finetune_file(args, method, student_family(args))
+    path = flags.finetune_file(args, method, flags.student_family(args))
     with storage.file_lock(path, ranks.is_rank0, timeout=60):  # other seeds may share it
-        sha256 = on_rank0(ranks, lambda: curate(args, method))
+        redo = provenance.is_redone(args.redo, "curate")
+        sha256 = on_rank0(ranks, lambda: curation.curate(plan_curation(args, method), redo))
     if args.show and ranks.is_rank0:
         from extras import filters
 
@@ -485,14 +474,19 @@ def curate_method(args: Namespace, ranks: Ranks, method: str) -> str:
     return sha256
 
 
-def train_method(args: Namespace, ranks: Ranks, method: str, curated: str | None) -> None:
-    """Train one method.  curated: the SHA-256 of its fine-tuning file, if this run has made it."""
-    data_file = flags.finetune_file(args, method, student_family(args))
+def train_method(
+    args: Namespace, ranks: Ranks, method: str, curated: str | None, steps_after: int
+) -> LoadedModel | None:
+    """Train one method; return the student, if this process has trained one.
+
+    curated: the SHA-256 of its fine-tuning file, if this run has made it.
+    """
+    data_file = flags.finetune_file(args, method, flags.student_family(args))
     if args.finetune_data:
         data_file = Path(args.finetune_data)
     elif args.stage == "train":
         on_rank0(ranks, lambda: curation.check_curated(plan_curation(args, method)))
-    if curated and curated != storage.file_sha256(data_file):
+    if curated and curated != on_rank0(ranks, lambda: storage.file_sha256(data_file)):
         what = "was replaced by another run since it was curated: start the same command again"
         raise UserError(f"{data_file} {what}")
     if args.label_style in API_FAMILIES:
@@ -500,16 +494,18 @@ def train_method(args: Namespace, ranks: Ranks, method: str, curated: str | None
 
         note = flags.job_file(args, method)
         batch_api.fine_tune(api_config(args), args.student, data_file, note)
-    else:
-        with storage.file_lock(flags.student_dir(args, method), ranks.is_rank0):
-            train(args, ranks, method, data_file)
+        return None
+    with storage.file_lock(flags.student_dir(args, method), ranks.is_rank0):
+        return train(args, ranks, method, data_file, steps_after)
 
 
-def evaluate_method(args: Namespace, ranks: Ranks, method: str) -> dict:
+def evaluate_method(
+    args: Namespace, ranks: Ranks, method: str, redo: bool, student: LoadedModel | None
+) -> dict:
     if args.label_style in API_FAMILIES:
         return evaluate_api_student(args, method)
     with storage.file_lock(flags.test_file(args, method, args.epochs), ranks.is_rank0):
-        return evaluate_finished_student(args, ranks, method)
+        return evaluate_finished_student(args, ranks, method, redo, student)
 
 
 # ---------------- Command line
@@ -521,7 +517,7 @@ def run_all(runs: list[Namespace]) -> None:
         flags.check(args)
     ranks = Ranks()
     if any(flags.needs_torch(args) for args in runs):
-        ranks = storage.init_ranks(decoding.select_device(runs[0].device))
+        ranks = distributed.init_ranks(models.select_device(runs[0].device))
     elif os.environ.get("RANK", "0") != "0":
         return  # under torchrun one process is enough
     if len(runs) > 1:
@@ -541,18 +537,8 @@ def run_all(runs: list[Namespace]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Turn every error that a user can mend into one sentence and a failing exit."""
-    storage.escape_unencodable_output()
-    runs = flags.parse_args(argv, __doc__)
-    try:
-        run_all(runs)
-    except (UserError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except ModuleNotFoundError as e:
-        sys.exit(storage.missing_extras_message(e))
-    except RuntimeError as e:
-        sys.exit(storage.peer_failure_message(e))
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept; start the same command again to go on")
+    with terminal.error_exits():
+        run_all(flags.parse_args(argv, __doc__))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
-"""The command line of finetune_cot.py: the flags, what is refused, and the file names that follow.
+"""What the flags of finetune_cot.py mean: what is refused, what is asked, how files are named.
 
-Standard library alone, so that `--help` answers at once.  A flag's name is also its name in
-settings, in log.jsonl and in train_loop.TrainConfig.  Functions here and in finetune_cot.py are the
-only ones that take `args`, the parsed flags of one run.
+Functions here and in finetune_cot.py are the only ones that take `args`, the parsed flags of one
+run; the flags themselves are in parser.py.
 """
 
-import argparse
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
+import completions
+import curation
+import provenance
+import servers
 import tasks
+from completions import SamplingConfig
+from parser import make_parser
+from provenance import CURATION, check_redo
 from storage import UserError, completion_path, model_key, safe_key
-from tasks import API_FAMILIES, FINE_TUNED, PROMPTED
+from tasks import API_FAMILIES, FINE_TUNED, Benchmark
 
-USAGE = "%(prog)s [--task NAME ...] [--teacher NAME] [--student NAME] [--study NAME] [more flags]"
 PAPER = {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0}
-PAPER |= {"epochs": 20, "batch_size": 8, "lr": 3e-4}
+PAPER |= {"epochs": 20, "batch_size": 8, "lr": 3e-4, "schedule": "constant", "warmup": 0}
+PAPER |= {"max_new_tokens": 512}
 TOY = {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7}
-TOY |= {"epochs": 5, "batch_size": 16, "lr": 1e-3}
+TOY |= {"epochs": 2, "batch_size": 8, "lr": 4e-3, "schedule": "linear", "warmup": 50}
+TOY |= {"max_new_tokens": 64}
 DEFAULTS = {"paper": PAPER, "toy": TOY}  # of the flags whose default depends on the task
 
 
@@ -31,13 +35,13 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> list[Nam
     A grid is --study NAME, --task all, or a flag that was given several values.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser(description)
-    args = parser.parse_args(argv)
+    parser = make_parser(description, show_all="--help-all" in argv)
+    args = parser.parse(argv)
     if args.study or is_grid(args):
         from extras import studies
 
         lines = studies.command_lines(argv)
-        runs = [run for line in lines for run in studies.expand(parser.parse_args(line))]
+        runs = [run for line in lines for run in studies.expand(parser.parse(line))]
     else:
         runs = [with_single_values(args)]
     return [with_defaults(run) for run in runs]
@@ -77,189 +81,6 @@ def with_defaults(args: Namespace) -> Namespace:
     return args
 
 
-# ---------------- The flags, in titled groups (by hand: a flag is one or two lines)
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Make the parser of all flags, in titled groups."""
-    parser = argparse.ArgumentParser(
-        usage=USAGE,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_run_flags(parser.add_argument_group("what to run").add_argument)
-    add_file_flags(parser.add_argument_group("where").add_argument)
-    add_teacher_flags(parser.add_argument_group("teacher (paper §3, step 1)").add_argument)
-    api = parser.add_argument_group("API teachers (key: OPENAI_API_KEY in the environment)")
-    add_api_flags(api.add_argument)
-    add_curation_flags(parser.add_argument_group("curation (paper §3, step 2)").add_argument)
-    add_training_flags(parser.add_argument_group("training (paper, appendix)").add_argument)
-    add_hardware_flags(parser.add_argument_group("speed and memory").add_argument)
-    add_checkpoint_flags(parser.add_argument_group("checkpoints and log").add_argument)
-    add_evaluation_flags(parser.add_argument_group("evaluation (paper §4)").add_argument)
-    parser.set_defaults(sample_degree=None)  # of a grid: the largest degree, sampled once for all
-    return parser
-
-
-# fmt: off
-def add_run_flags(add: Callable) -> None:
-    """Add the flags of what to run."""
-    names = ", ".join(tasks.TASKS)
-    methods = [*PROMPTED, *FINE_TUNED]
-    stages = ["all", "sample", "curate", "train", "evaluate"]
-    add("--study", metavar="NAME", help="an experiment of the paper, a row in extras/studies.py")
-    add("--task", nargs="+", default=["toy"], help=f"all (but toy), or of {names} (default toy)")
-    add("--teacher", nargs="+", help="toy; hf:NAME, a local model; a model behind an API or with "
-        "a file in --saved (default text-davinci-002, the paper's)")
-    add("--student", nargs="+", help="Hugging Face folder or name (default gpt2), or toy")
-    add("--method", nargs="+", choices=methods, default=list(FINE_TUNED), help="default: ft ft_cot")
-    add("--stage", choices=stages, default="all", help="one stage (default all)")
-    add("--split", nargs="+", default="default", help="default, template, few_shot_8, few_shot_32 "
-        "or few_shot_128 (default: default)")
-    add("--seed", "--seeds", nargs="+", type=int, default=0, help="of batch order, dropout, the "
-        "toy student and sampled answers (default 0)")
-    add("--data_seed", type=int, default=0, help="of local teachers, the validation share and "
-        "--filter random (default 0)")
-
-
-def add_file_flags(add: Callable) -> None:
-    add("--saved", default="saved", help="folder of everything a run writes (default saved)")
-    add("--data", default="data", help="folder of the prepared benchmarks (default data)")
-    add("--finetune_data", help="with --stage train: a fine-tuning file of your own")
-    add("--out", help="folder of the student (default under --saved; for one --method)")
-    add("--train_key", help="name of this training run in file names (default from the flags)")
-
-
-def add_teacher_flags(add: Callable) -> None:
-    """Add the flags of how the teacher is asked."""
-    methods = ["zs", "zs_cot", "zs_cot_one_step", "fs_cot"]
-    add("--teacher_method", nargs="+", choices=methods, default="zs_cot", help="prompting method "
-        "of the teacher (default zs_cot, two steps; one step costs less)")
-    add("--degree", nargs="+", type=int, help="D of diverse reasoning, rationales a question "
-        "(default 1; toy 2; paper 1 to 64)")
-    add("--temperature", type=float, help="default 0; toy 0.7; paper 0, and 0.7 where D > 1")
-    add("--teacher_max_new_tokens", type=int, default=128, help="tokens a rationale (default 128, "
-        "the paper's)")
-
-
-def add_api_flags(add: Callable) -> None:
-    """Add the flags of an API; its key is none of them, since a flag could be read in `ps`."""
-    add("--base_url", help="server, like http://127.0.0.1:8000/v1 (default OPENAI_BASE_URL, or "
-        "OpenAI)")
-    add("--api", choices=["chat", "completions"], default="chat", help="chat (default), or "
-        "completions: raw prompts, the paper's strings")
-    add("--teacher_part", choices=["all", "train"], default="all", help="questions of --split to "
-        "ask: all (default), or train, which is all that a student needs")
-    add("--choices", type=int, default=1, help="rationales a request (default 1): their prompt is "
-        "paid for once")
-    add("--concurrency", type=int, default=16, help="requests in flight (default 16)")
-    add("--requests_per_minute", type=float, default=0, help="default 0: no limit of ours")
-    add("--tokens_per_minute", type=float, default=0, help="default 0: no limit of ours")
-    add("--attempt_timeout", type=float, default=120, help="seconds an attempt (default 120)")
-    add("--max_attempts", type=int, default=6, help="attempts a request, which then is recorded "
-        "as failed (default 6)")
-    add("--no_temperature", action="store_true", help="send no temperature: some models refuse it")
-    add("--legacy_max_tokens", action="store_true", help="for chat servers that know max_tokens "
-        "alone (llama.cpp)")
-    add("--dry_run", action="store_true", help="with --stage sample: estimate the cost; --task "
-        "all: of every benchmark")
-    add("--price_in", type=float, help="dollars a million prompt tokens")
-    add("--price_out", type=float, help="dollars a million completion tokens")
-    add("--max_cost", type=float, help="stop before a completion file costs more dollars than "
-        "this, earlier runs included")
-    add("--batch", choices=["submit", "status", "fetch"], help="with --stage sample: use the "
-        "Batch API, step by step")
-
-
-def add_curation_flags(add: Callable) -> None:
-    """Add the flags of which rationales are kept."""
-    styles = [*tasks.LABEL_STYLES, *API_FAMILIES]
-    filters = ["right", "all", "random", "wrong"]
-    add("--rules", choices=["paper", "flexible"], help="rules that read the answer (default "
-        "paper; of chat models, flexible)")
-    add("--label_style", choices=styles, default="token", help="default token: '{question} ###' "
-        "-> ' {rationale} --> {answer}'; gpt3, chat: files for an API")
-    add("--filter", nargs="+", choices=filters, default="right", help="rationales to learn from: "
-        "right (default, the paper's); for studies all, wrong, or random: as many as are right, "
-        "of all.  A wrong one keeps the answer of its teacher")
-    add("--max_rationale_words", nargs="+", type=int, default=0, help="drop longer rationales "
-        "(default 0: none)")
-    add("--max_per_question", type=int, default=0, help="keep the first so many rationales of a "
-        "question (default 0: all)")
-    add("--max_similarity", type=float, default=1.0, help="drop a rationale that shares more than "
-        "this of its word trigrams with an earlier one of its question (default 1)")
-    add("--drop_unfinished", action="store_true", help="drop rationales cut by the token limit")
-    add("--drop_duplicates", action="store_true", help="keep the first of equal rationales of a "
-        "question")
-    add("--show", type=int, default=0, help="with --stage curate: print so many samples to read")
-
-
-def add_training_flags(add: Callable) -> None:
-    """Add the flags of the optimizer and its schedule."""
-    schedules = ["constant", "linear", "cosine"]
-    add("--epochs", type=int, help="default 20, the paper's; toy 5")
-    add("--batch_size", nargs="+", type=int, help="samples of an optimizer step, over all ranks "
-        "(default 8, the paper's; toy 16)")
-    add("--lr", nargs="+", type=float, help="learning rate of AdamW (default 3e-4; toy 1e-3)")
-    add("--schedule", choices=schedules, default="constant", help="of the learning rate after "
-        "warm-up, down to 0 (default constant, the paper's)")
-    add("--warmup", type=int, default=0, help="steps of linear warm-up (default 0, the paper's)")
-    add("--weight_decay", type=float, default=0.01, help="default 0.01, the paper's")
-    add("--max_grad_norm", type=float, default=0.0, help="clip the gradient to this norm (default "
-        "0: never, as the paper)")
-    add("--max_length", type=int, default=512, help="tokens of a prompt and of a label; longer "
-        "samples are dropped (default 512, the paper's)")
-
-
-def add_hardware_flags(add: Callable) -> None:
-    """Add the flags of speed and memory."""
-    families = ["decoder", "encoder_decoder"]
-    precisions = ["fp32", "tf32", "bf16", "fp16"]
-    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    add("--plain", action="store_true", help="do without the fast paths of extras/")
-    add("--family", choices=families, help="of a student by hub name (default: from its name)")
-    add("--precision", choices=precisions, default="fp32", help="autocast of matmuls (default "
-        "fp32; T5 overflows in fp16)")
-    add("--micro_batch_size", type=int, help="samples of a forward pass on a rank: bounds memory, "
-        "changes no step (default: all)")
-    add("--micro_tokens", type=int, default=0, help="tokens of a forward pass on a rank, padding "
-        "included (default 0: 1024 on CPUs, unbounded on GPUs)")
-    add("--packing", action=argparse.BooleanOptionalAction, default=True, help="pack samples end "
-        "to end instead of padding, where the student's logits stay the same (default on)")
-    add("--gradient_checkpointing", action="store_true", help="recompute activations to save "
-        "memory (default off)")
-    add("--compile", action="store_true", help="torch.compile the student (default off)")
-    add("--shard", choices=["no", "gpu", "cpu"], default="no", help="shard weights and optimizer "
-        "over ranks, FSDP2; cpu: offload them (default no: DDP)")
-
-
-def add_checkpoint_flags(add: Callable) -> None:
-    """Add the flags of checkpoints and log lines."""
-    add("--checkpoint_every", type=int, default=1, help="epochs between checkpoints to resume "
-        "from (default 1; 0 never)")
-    add("--checkpoint_steps", type=int, default=0, help="steps between checkpoints within an "
-        "epoch (default 0: none)")
-    add("--keep", type=int, default=1, help="newest checkpoints to keep (default 1)")
-    add("--keep_best", action="store_true", help="with --eval_every: also keep the student of the "
-        "best epoch on the --validation share or, without one, on the test part")
-    add("--log_every", type=int, default=0, help="steps between log lines (default 0: an epoch)")
-
-
-def add_evaluation_flags(add: Callable) -> None:
-    """Add the flags of how the student is evaluated."""
-    add("--eval_every", type=int, default=0, help="epochs between evaluations (default 0: at the "
-        "end alone; paper 1)")
-    add("--validation", type=float, default=0.0, help="share of the training questions set aside "
-        "to choose the epoch by (default 0)")
-    add("--max_new_tokens", type=int, default=512, help="of the student, a question (default 512)")
-    add("--eval_samples", type=int, default=1, help="K answers a question for majority vote and "
-        "pass@k (default 1, greedy)")
-    add("--eval_temperature", type=float, default=0.7, help="where K > 1 (default 0.7)")
-    add("--eval_batch_size", type=int, help="rows decoded at once (default: 96 on a CPU, 512 on a "
-        "GPU, or as many as memory allows); more is faster and takes more memory")
-
-
-# fmt: on
 # ---------------- What is refused before anything is computed
 
 AT_LEAST_1 = """degree epochs batch_size micro_batch_size max_length max_new_tokens eval_batch_size
@@ -282,7 +103,9 @@ def check(args: Namespace) -> None:
     check_training(args)
     check_curation(args)
     check_api(args)
-    check_base_url(base_url(args))
+    check_redo(args.redo, args.stage, args.label_style in API_FAMILIES)
+    request_parameters(args)
+    servers.check_base_url(base_url(args))
 
 
 def check_numbers(args: Namespace) -> None:
@@ -343,13 +166,10 @@ def check_api(args: Namespace) -> None:
             "prices come in pairs, and --max_cost needs them: give --price_in and --price_out, "
             "dollars a million tokens"
         )
-    if args.dry_run or args.batch:
-        if args.stage != "sample" or (args.dry_run and args.batch):
-            raise UserError("--dry_run and --batch go with --stage sample, one at a time")
-        if not is_remote_teacher(args):
-            raise UserError(
-                "--dry_run and --batch are for teachers behind an API: name one with --teacher"
-            )
+    if (args.dry_run or args.batch) and (args.stage != "sample" or (args.dry_run and args.batch)):
+        raise UserError("--dry_run and --batch go with --stage sample, one at a time")
+    if args.stage == "sample":
+        servers.check_given(vars(args), is_remote_teacher(args))
     needs_api = args.label_style in API_FAMILIES and args.stage not in ("sample", "curate")
     if needs_api and not has_api(args):
         raise UserError(
@@ -359,34 +179,17 @@ def check_api(args: Namespace) -> None:
         )
 
 
-def check_base_url(base_url: str | None) -> None:
-    """Refuse what is no base URL or holds a secret; warn where the key would travel in clear."""
-    if not base_url:
-        return
-    url = urlsplit(base_url)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        raise UserError(
-            "the base URL must begin with http:// or https:// and a host, like "
-            "http://127.0.0.1:8000/v1"
-        )
-    if url.username or url.password:
-        raise UserError(
-            "the base URL must hold no name and no password: put the key into OPENAI_API_KEY"
-        )
-    is_loopback = url.hostname in ("localhost", "::1") or url.hostname.startswith("127.")
-    if url.scheme == "http" and not is_loopback:
-        print(
-            f"warning: plain http to {url.hostname}: the key and all texts travel unencrypted; "
-            "use https",
-            file=sys.stderr,
-        )
-
-
 # ---------------- The API
 
 
 def base_url(args: Namespace) -> str | None:
     return args.base_url or os.environ.get("OPENAI_BASE_URL") or None
+
+
+def request_parameters(args: Namespace) -> dict:
+    """Return what a request carries besides its text, of SamplingConfig's columns."""
+    names = "api top_p reasoning_effort extra_body system extra_headers".split()
+    return servers.read_parameters(**{name: getattr(args, name) for name in names})
 
 
 def has_api(args: Namespace) -> bool:
@@ -405,22 +208,84 @@ def needs_torch(args: Namespace) -> bool:
     return has_local_teacher or (has_local_student and args.stage not in ("sample", "curate"))
 
 
-# ---------------- Names of files (saved/README.md)
+# ---------------- What is asked of whom
 
-CURATION = {  # flag: (the paper's value, what stands in file names for another one)
-    "filter": ("right", "{}"),
-    "max_rationale_words": (0, "{}words"),
-    "max_per_question": (0, "{}each"),
-    "max_similarity": (1.0, "similar{:g}"),
-    "drop_unfinished": (False, "finished"),
-    "drop_duplicates": (False, "unique"),
-}
+
+def teacher_plan(args: Namespace, family: str) -> SamplingConfig:
+    """Return how the teacher is asked."""
+    plan = {"model": args.teacher, "api": args.api, "family": family}
+    plan |= {"template": args.teacher_method, "degree": args.sample_degree}
+    plan |= {"max_new_tokens": args.teacher_max_new_tokens or 128}  # the paper's
+    plan |= {"choices": args.choices, "legacy_max_tokens": args.legacy_max_tokens}
+    plan |= {"temperature": args.temperature, "task": args.task, "is_teacher": True}
+    plan |= request_parameters(args)
+    if args.no_temperature and is_remote_teacher(args):
+        plan["temperature"] = None
+    return SamplingConfig(**plan, examples=few_shot_examples(args, args.teacher_method))
+
+
+def few_shot_examples(args: Namespace, method: str) -> str:
+    if method != "fs_cot":
+        return ""
+    return completions.few_shot_prompt(args.task, args.data)
+
+
+def student_plan(
+    args: Namespace, method: str, family: str, model: str, api: str = ""
+) -> SamplingConfig:
+    """Return how the student is asked: greedily, or --eval_samples times at a temperature."""
+    k = args.eval_samples
+    temperature = 0.0
+    if k > 1:
+        temperature = args.eval_temperature
+    plan = {"model": model, "api": api, "family": family, "temperature": temperature}
+    plan |= {"template": student_template(args, method), "degree": k, "choices": k}
+    plan |= {"max_new_tokens": args.max_new_tokens}
+    return SamplingConfig(**plan, examples=few_shot_examples(args, method))
+
+
+def student_family(args: Namespace) -> str:
+    return curation.student_family(args.student, args.family, args.label_style)
+
+
+def student_template(args: Namespace, method: str) -> str:
+    return curation.student_template(method, args.label_style)
+
+
+def load_benchmark(args: Namespace, validation: float = 0.0) -> Benchmark:
+    return tasks.load_benchmark(args.task, args.split, args.data, validation, args.data_seed)
+
+
+def run_metadata(args: Namespace, method: str, made_with: dict) -> dict:
+    """Return all flags that made a result: what tables and figures know a run by.
+
+    Of what was learnt, the settings beside the files have the last word (provenance.py).
+    """
+    known = provenance.effective_flags(method, vars(args))
+    if method in FINE_TUNED:
+        family = student_family(args)
+        data_file = finetune_file(args, method, family)
+        note = curation.read_note(data_file)
+        known = provenance.with_notes(known, made_with, note)
+    elif args.student != "toy":
+        known["student"] = made_with["student"]
+    return known
+
+
+# ---------------- Names of files (saved/README.md)
 
 
 def curation_options(args: Namespace) -> dict:
     """Return {flag: value} of the flags of CURATION that differ from the paper."""
     values = {flag: getattr(args, flag) for flag in CURATION}
     return {flag: value for flag, value in values.items() if value != CURATION[flag][0]}
+
+
+def rationale_option(args: Namespace) -> dict:
+    """Return {"rationale": ...} where students learn more, or else, than what a teacher said."""
+    if args.rationale == "content":
+        return {}
+    return {"rationale": args.rationale}
 
 
 def teacher_key(args: Namespace) -> str:
@@ -456,6 +321,17 @@ def teacher_metadata(args: Namespace) -> dict:
     }
 
 
+def student_metadata(args: Namespace, method: str, template: str, epoch: int | None) -> dict:
+    """Return what a student's completion file says of itself."""
+    metadata = {"dataset_key": args.task, "base_model": model_key(args.student)}
+    metadata |= {"completion_key": method, "finetune_key": None, "train_key": None}
+    if method in FINE_TUNED:
+        metadata |= {"finetune_key": finetune_key(args, method)}
+        metadata |= {"train_key": train_key(args, method)}
+    metadata |= {"epoch": epoch, "prediction_template": template}
+    return metadata | {"split": args.split, "part": "test"}
+
+
 def run_suffix(args: Namespace, method: str) -> str:
     """Return what tells apart two curated files, or two students, of one task and method.
 
@@ -467,6 +343,7 @@ def run_suffix(args: Namespace, method: str) -> str:
             parts.append(f"{args.degree}aug")
         if args.teacher != usual_flags(args)["teacher"]:
             parts.append(f"by_{model_key(args.teacher.removeprefix('hf:'))}")
+        parts += rationale_option(args).values()
         options = curation_options(args).items()
         parts += [CURATION[flag][1].format(value) for flag, value in options]
     if args.split != "default":
@@ -535,13 +412,13 @@ def test_file(args: Namespace, method: str, epoch: int | None) -> Path:
     """Return the completion file of a student on the test questions.
 
     Of a fine-tuned one it names run and epoch, of an untrained one the split (and, as each seed
-    makes another toy student, the seed).
+    makes another toy student and other sampled answers, the seed).
     """
     if method in FINE_TUNED:
         parts = [f"T_{train_key(args, method)}"]
         if args.label_style not in API_FAMILIES:
             parts.append(f"E_{epoch:03d}")
-    elif args.student == "toy" and args.seed:
+    elif args.seed and (args.student == "toy" or args.eval_samples > 1):
         parts = [f"S_{args.split}_s{args.seed}"]
     else:
         parts = [f"S_{args.split}"]

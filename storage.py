@@ -11,18 +11,26 @@ import json
 import os
 import pickle
 import re
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     pass
 
 AnyPath = str | Path
 JsonObject = dict[str, Any]
+
+
+ROOT = Path(__file__).resolve().parent  # the folder of the project
+
+
+def default_folder(name: str) -> str:
+    """Return the project's own data/ or saved/, in whatever folder a command is started."""
+    if Path.cwd() == ROOT:
+        return name
+    return str(ROOT / name)
 
 
 class UserError(Exception):
@@ -75,18 +83,23 @@ def read_text(path: AnyPath) -> str:
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     """Build a JSON object; of a key that is in it twice, json would silently drop the first."""
-    value = {}
-    for key, item in pairs:
-        if key in value:
-            raise ValueError(f"the key {key[:80]!r} is there twice in an object")
-        value[key] = item
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice in an object")
     return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys)  # made once: it takes long
 
 
 def parse_json(text: str | bytes, where: object) -> Any:
     """Return the JSON value in text.  Raises UserError that names the place."""
     try:
-        return json.loads(text, object_pairs_hook=reject_duplicate_keys)
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where} is not valid JSON ({e}): mend or delete it") from None
 
@@ -108,12 +121,6 @@ def read_jsonl(path: AnyPath) -> list[Any]:
 def replace_lone_surrogates(text: str) -> str:
     r"""Make text encodable: 'a\ud83d' -> 'a?'.  JSON may hold halves of characters."""
     return text.encode("utf-8", "replace").decode()
-
-
-def escape_unencodable_output() -> None:
-    """Print what the terminal's encoding lacks as an escape sequence, instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
 
 
 # ---------------- Journals
@@ -139,13 +146,14 @@ class Journal:
     def _read_rows(self) -> int:
         """Fill `rows`; return the size, in bytes, of the lines that are whole."""
         size = self.lock.seek(0)
+        name = str(self.path)
         for i, line in enumerate(self.lock, 1):
             if not line.endswith(b"\n"):
                 break
             size += len(line)
             if line.isspace():
                 continue
-            where = f"{self.path}, line {i}"
+            where = f"{name}, line {i}"
             row = parse_json(line, where)
             if not isinstance(row, dict) or not isinstance(row.get("key"), str | int):
                 raise UserError(f"{where} is not a row of a journal: mend or delete that line")
@@ -249,39 +257,32 @@ def file_lock(path: AnyPath, wanted: bool = True, timeout: float = 3.0) -> Itera
 
 # ---------------- What libraries raise, as one sentence
 
-PEER_FAILURE = re.compile("Connection (closed|reset) by peer|Broken pipe|Socket closed|"
-                          "remote process exited|recvBytes")  # fmt: skip
 WRITE_FAILURE = re.compile(r"\(os error \d+\)|PytorchStreamWriter failed|unexpected pos")
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
               pickle.UnpicklingError)  # fmt: skip
 
 
+def one_line(error: BaseException) -> str:
+    """Return the beginning of an error's message."""
+    return " ".join(str(error).split())[:160]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an allocation failed, on a GPU or CPU."""
+    known = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the second is torch's
+    return known or "can't allocate memory" in str(error)  # its allocator for CPUs
+
+
 @contextlib.contextmanager
 def out_of_memory_hint(advice: str) -> Iterator[None]:
-    """Turn an allocation that fails, on a GPU or CPU, into a UserError that says what to do."""
+    """Turn an allocation that fails into a UserError that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        known = type(e).__name__ in ("MemoryError", "OutOfMemoryError")  # the second is torch's
-        if not known and "can't allocate memory" not in str(e):  # its allocator for CPUs
+        if not is_out_of_memory(e):
             raise
-        reason = " ".join(str(e).split())[:120] or type(e).__name__
+        reason = one_line(e) or type(e).__name__
         raise UserError(f"out of memory{advice} ({reason})") from None
-
-
-def missing_extras_message(error: ModuleNotFoundError) -> str:
-    """Return what to say where a door leads to a deleted extras/.  Raises every other error."""
-    if (error.name or "").split(".")[0] != "extras":
-        raise error
-    return f"error: this needs {error.name.replace('.', '/')}, which is not here: put it back"
-
-
-def peer_failure_message(error: RuntimeError) -> str:
-    """Return what a rank says when another one has died.  Raises every other error again."""
-    if not PEER_FAILURE.search(str(error)):
-        raise error
-    kept = "what is finished is kept; start the same command again to go on"
-    return f"error: another rank has ended, so this one ends too: {kept}"
 
 
 def write_errors(path: AnyPath) -> contextlib.ExitStack:
@@ -327,24 +328,28 @@ def file_sha256(path: AnyPath) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def model_fingerprint(name: str) -> str:
-    """Return what identifies an untrained model: its files' sizes and ends, or its hub name."""
-    if not Path(name).is_dir():
-        return name
-    seen = {}
-    suffixes = (".safetensors", ".json", ".bin", ".model")
-    for file in sorted(p for p in Path(name).iterdir() if p.suffix in suffixes):
-        size = file.stat().st_size
-        with open(file, "rb") as f:
-            head = f.read(1 << 20)
-            f.seek(max(0, size - (1 << 20)))
-            seen[file.name] = [size, hashlib.sha256(head + f.read()).hexdigest()]
-    return fingerprint(seen)
+HASHED = {  # settings that are hashes, in words
+    "source": "the file it was made from",
+    "samples": "the benchmark's questions",
+    "train": "the training questions",
+    "texts": "the words of the template",
+    "examples": "the few-shot examples",
+    "finetune_data": "the fine-tuning data",
+    "code": "the code that chooses and writes samples",
+}
 
 
 def changed_settings(old: JsonObject, new: JsonObject, keys: Iterable[str]) -> str:
-    """Return 'lr 0.1 -> 0.2, seed 0 -> 1', of the keys whose values differ."""
-    return ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k))
+    """Return 'lr 0.1 -> 0.2, samples (the benchmark's questions)', of the keys that differ."""
+    changed = []
+    for key in keys:
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            change = f"{before} -> {after}"
+            if key in HASHED:
+                change = f"({HASHED[key]})"
+            changed.append(f"{key} {change}")
+    return ", ".join(changed)
 
 
 def settings_match(stage: str, path: AnyPath, old: Any, new: JsonObject) -> bool:
@@ -374,8 +379,11 @@ def move_to_backup(path: Path) -> None:
     print(f"what lay at {path} is kept as {backup}")
 
 
-def prepare_output_dir(out: Path, settings: JsonObject) -> str:
-    """Ready a student's folder; return "finished", "unfinished" or "new".  Raises UserError."""
+def prepare_output_dir(out: Path, settings: JsonObject, redo: bool = False) -> str:
+    """Ready a student's folder; return "finished", "unfinished" or "new".  Raises UserError.
+
+    redo: train a finished student again, all the same; an unfinished run goes on.
+    """
     note_path = out / "run.json"
     if note_path.exists():
         note = read_json(note_path)
@@ -383,7 +391,9 @@ def prepare_output_dir(out: Path, settings: JsonObject) -> str:
         if note.get("settings") == settings and not finished:
             print(f"train: going on with the unfinished run in {out}")
             return "unfinished"
-        if settings_match("train", out, note.get("settings"), settings):
+        if redo and finished:
+            print(f"train: the student in {out} is trained again (--redo)")
+        elif settings_match("train", out, note.get("settings"), settings):
             return "finished"
         if not finished and any(out.glob("checkpoint_*.pt")):
             raise UserError(
@@ -408,14 +418,21 @@ class FinetuneData(TypedDict):  # lists of equal length, an entry a training sam
 
 
 def read_finetune_data(path: AnyPath) -> FinetuneData:
-    """Return what a fine-tuning file holds: JSON, or GPT-3's JSON lines.  Raises UserError."""
+    """Return what a fine-tuning file holds: JSON columns or JSON lines.  Raises UserError.
+
+    A line is {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}, of which the
+    last is the label.  Without a sample_index samples are numbered.
+    """
     if Path(path).suffix == ".jsonl":
-        rows = [row if isinstance(row, dict) else {} for row in read_jsonl(path)]
-        data = {"sample_index": list(range(len(rows)))}
-        data["input"] = [row.get("prompt") for row in rows]
-        data["label"] = [row.get("completion") for row in rows]
+        rows = read_jsonl(path)
+        pairs = [prompt_and_label(row, path, i) for i, row in enumerate(rows, 1)]
+        data = {"input": [prompt for prompt, _ in pairs], "label": [label for _, label in pairs]}
+        if all("sample_index" in row for row in rows):
+            data["sample_index"] = [row["sample_index"] for row in rows]
     else:
         data = read_json(path)
+    if "sample_index" not in data and isinstance(data.get("input"), list):
+        data["sample_index"] = list(range(len(data["input"])))
     for name, kind in (("sample_index", int), ("input", str), ("label", str)):
         column = data.get(name)
         valid = isinstance(column, list) and all(isinstance(x, kind) for x in column)
@@ -427,6 +444,23 @@ def read_finetune_data(path: AnyPath) -> FinetuneData:
     for name in ("input", "label"):
         data[name] = list(map(replace_lone_surrogates, data[name]))
     return FinetuneData(**{name: data[name] for name in FinetuneData.__annotations__})
+
+
+def prompt_and_label(row: Any, path: AnyPath, number: int) -> tuple[str, str]:
+    """Return the texts of a JSON line of fine-tuning data.  Raises UserError that names the line.
+
+    {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
+    -> ("2 + 3?\\n", "5")
+    """
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        texts = [None if find_wrong_type(m, {"content": str}) else m for m in row["messages"]]
+        if len(texts) > 1 and None not in texts:
+            *prompt, label = [message["content"] for message in texts]
+            return "".join(f"{text}\n" for text in prompt), label
+    elif not find_wrong_type(row, {"prompt": str, "completion": str}):
+        return row["prompt"], row["completion"]
+    form = '{"prompt": text, "completion": text} or {"messages": [{"role", "content"}, ...]}'
+    raise UserError(f"{path} is not a fine-tuning file: row {number} needs {form}")
 
 
 def find_wrong_type(value: Any, types: JsonObject) -> str | None:
@@ -450,68 +484,3 @@ def read_prompts(path: AnyPath, max_new_tokens: int) -> tuple[list, list[str], l
             form = '{"prompt": "text"}, and max_new_tokens, if given, a number above 0'
             raise UserError(f"{path}, row {i}: it needs {form}")
     return rows, [row["prompt"] for row in rows], limits
-
-
-# ---------------- Ranks, and what they print
-class Ranks(NamedTuple):  # this process among those of a run; by default the only one
-    rank: int = 0  # 0 to world_size - 1
-    world_size: int = 1
-    device: Any = None  # torch.device
-
-    @property
-    def is_rank0(self) -> bool:
-        """Whether this process prints, and decides on and writes files."""
-        return self.rank == 0
-
-
-def init_ranks(device: Any) -> Ranks:
-    """Join the process group that torchrun describes in the environment; without it: one rank."""
-    if "RANK" not in os.environ:
-        return Ranks(0, 1, device)
-    import torch
-    import torch.distributed as dist
-
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"  # gloo: for what --shard cpu offloads
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group(backend)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
-
-
-def print0(ranks: Ranks, text: str) -> None:
-    """Print a line on rank 0, above a progress bar if there is one."""
-    if ranks.is_rank0:
-        from tqdm import tqdm
-
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def on_rank0(ranks: Ranks, function: Callable[[], Any]) -> Any:
-    """Run function on rank 0 alone; return its result on every rank, when it is done."""
-    if ranks.world_size == 1:
-        return function()
-    import torch.distributed as dist
-
-    result = [function()] if ranks.is_rank0 else [None]
-    dist.broadcast_object_list(result)
-    return result[0]
-
-
-def progress(items: Iterable, description: str, show: bool = True, total: int = 0) -> Iterator:
-    """Yield items (total: how many) with a progress bar; without a terminal, a line every 10 s."""
-    if show and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(items, desc=description, leave=False, total=total or None)
-        return
-    start = printed = time.monotonic()
-    for i, item in enumerate(items):
-        now = time.monotonic()
-        if show and now - printed > 10:
-            printed = now
-            done = f"{i} of {total or len(items)}, {now - start:.0f} s"
-            print(f"{description}: {done}", file=sys.stderr, flush=True)
-        yield item

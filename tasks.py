@@ -1,170 +1,31 @@
-"""What a task is: the 12 benchmarks of the paper and a toy; their answers, templates and splits.
+"""What a task is: the 12 benchmarks of the paper and a toy; their templates, splits and grading.
 Everything here is text: importing this module needs neither torch nor numpy.
 
     tasks.grade("multiarith", "ft_cot_token", "3 + 4 = 7 --> 7", "7").correct  # True
 """
 
-import difflib
-import functools
-import operator
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import answers
 import storage
-from storage import AnyPath, UserError
-
-# ---------------- Answer cleansing by the paper's rules: identical to the published evaluator
-
-PAPER_NUMBER_PATTERN = re.compile(r"-?\d+(?:\.\d+)?")
-NUMBER_MARKS = str.maketrans("\u2212", "-", ",$")
-PUNCTUATION_TO_SPACES = str.maketrans("\"'.:,", "     ")
-
-
-def paper_numbers(text: str) -> list[str]:
-    """'$1,234.50 or 5 - 8 = -3' -> ['1234.50', '5', '8', '-3']"""
-    return PAPER_NUMBER_PATTERN.findall(text.replace(",", ""))
-
-
-def paper_floats(text: str) -> list[float]:
-    """'18.00, 5' -> [18.0, 5.0]"""
-    return list(map(float, paper_numbers(text)))
-
-
-def paper_yes_no(text: str) -> list[str]:
-    """'No, it is "Yes".' -> ['no', 'yes'], but 'no;' -> []"""
-    words = text.lower().translate(PUNCTUATION_TO_SPACES).split()
-    return [word for word in words if word in ("yes", "no")]
-
-
-# ---------------- Answer cleansing by the flexible rules: what a careful person reads
-class Candidate(NamedTuple):  # something in a text that may be its answer
-    start: int  # of its first character
-    value: Any
-    is_marked: bool = False  # a string in quotes or spelled out
-
-
-Candidates = list[Candidate]
-NUMBER_PATTERN = re.compile(r"""(?ax) (?=[-\u2212$.\d])  # passes over all other characters quickly
-    (?: (?<![\w.)\]]) [-\u2212]? \$?  # -5, -$1,234.50, 1e3
-        (?: \d{1,3} (?:,\d{3})+ (?!\d) | \d+ ) (?:\.\d+)? (?:e[+-]?\d{1,3}\b)?
-      | (?<![\w.]) [-\u2212]? \$? \.\d+  # .5
-      | \d+ (?:,\d{3})* (?:\.\d+)?  # the 4 of '3-4', of 'x4'
-    )""")
-YES_NO_PATTERN = re.compile(r"""(?ix) \b ( yes  # "Yes;"
-           | no (?![ ](?!(?:because|since|as|the|it|he|she|they|you|we|i)\b)[a-z])
-           )  # 'no;' and 'no because', not 'no evidence' or 'no longer'
-        \b""")
-STRING_PATTERN = re.compile(r"""(?x)  # [^\W\d_]: a letter of any alphabet
-        [\"\u201c*`] ([^\"\u201d*`\n]{1,200}) [\"\u201d*`]  # "y a j o", **yajo**
-      | ((?<![^\W\d_]) [^\W\d_] (?:[ ,.-]{1,3} [^\W\d_] (?![^\W\d_']))+)  # y-a-j-o
-      | ([^\W\d_]+)  # yajo""")
-
-
-def parse_number(text: str) -> float:
-    """'$1,234.50' -> 1234.5; a minus sign may be U+2212."""
-    return float(text.translate(NUMBER_MARKS))
-
-
-def keep_letters(text: str) -> str:
-    """'Y. a-j-o' -> 'yajo'"""
-    return "".join(filter(str.isalpha, text)).lower()
-
-
-def read_numbers(text: str) -> Candidates:
-    """By value: '18.00' -> 18, '$1,234.50' -> 1234.5, '5 - 8 = -3' -> 5, 8, -3"""
-    return [Candidate(m.start(), parse_number(m[0])) for m in NUMBER_PATTERN.finditer(text)]
-
-
-def read_yes_no(text: str) -> Candidates:
-    """Beside any punctuation: '"No;"' -> no"""
-    return [Candidate(m.start(), m[1].lower()) for m in YES_NO_PATTERN.finditer(text)]
-
-
-def read_strings(text: str) -> Candidates:
-    """By letters alone, in lower case: 'so "Y.A.J.O."' -> so, yajo (marked)"""
-    found = [(m, keep_letters(m[0])) for m in STRING_PATTERN.finditer(text)]
-    return [Candidate(m.start(), letters, not m[3]) for m, letters in found if letters]
-
-
-def select_number(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
-    """Select a calculation's result, else what an announced answer begins with, else the last."""
-    results = [c for c in candidates if c.start > sentence.rfind("=")]
-    if "=" in sentence and results:
-        return results[0]  # '3 + 4 = 7 of 9' -> 7
-    opening = sentence[: candidates[0].start]
-    if announced and not any(map(str.isalnum, opening)):
-        return candidates[0]  # 'The answer is 51 for 2 packs' -> 51
-    return candidates[-1]  # '11 and 11 makes 22' -> 22
-
-
-def select_string(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
-    """Select what is quoted or spelled out, else the last word of the first clause."""
-    marked = [c for c in candidates if c.is_marked]
-    clause_end = re.search(r"[,;(]|$", sentence).start()
-    in_clause = [c for c in candidates if c.start < clause_end]
-    return (marked or in_clause[-1:] or candidates)[0]
-
-
-def select_first_or_last(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
-    """Select the first candidate after an announcement, else the last one."""
-    return candidates[0 if announced else -1]
-
-
-class Extractor(NamedTuple):  # how one set of rules reads one type of answer
-    candidates: Callable  # text -> values (paper) or Candidates (flexible)
-    gold: Callable = str  # gold answer -> value
-    is_same: Callable = operator.eq  # (value of a candidate, of the gold answer) -> bool
-    select: Callable = select_first_or_last  # flexible: which of a sentence's candidates
-
-
-class AnswerType(NamedTuple):
-    name: str
-    paper: Extractor
-    flexible: Extractor
-
-
-def is_close(a: float, b: float) -> bool:
-    """Tell whether two numbers are the same answer, as the published evaluator does."""
-    return abs(a - b) < 1e-6
-
-
-def multiple_choice(last: str) -> AnswerType:
-    """A choice.  The paper reads capitals even inside words: 'Because (C)' -> ['B', 'C']."""
-    small = last.lower()
-    letter = re.compile(rf"""(?x) [(\[{{] ([A-{last}a-{small}]) [)\]}}]  # (b)
-          | (?<!not[ ]) (?<![\w']) ([A-{last}]) (?![\w'-])  # 'C.', not 'Because' or 'not C'
-            (?![ ](?!(?:because|is|since|as|and|or)\b)[a-z])  # 'A is right', not 'A dog'
-        """)
-    whole_text = re.compile(rf"\W*([a-{small}])\W*")  # c.
-
-    def read_letters(text: str) -> Candidates:
-        """Return the letters of a text, as capitals."""
-        if m := whole_text.fullmatch(text):
-            return [Candidate(m.start(1), m[1].upper())]
-        return [Candidate(m.start(), (m[1] or m[2]).upper()) for m in letter.finditer(text)]
-
-    paper = Extractor(re.compile(f"[A-{last}]").findall)
-    return AnswerType(f"letter A-{last}", paper, Extractor(read_letters, str.strip))
-
-
-# The paper compares the numbers of some tasks as strings (18.00 is not 18), and lower-cases the
-# gold answers of one of its yes/no tasks alone (YES_NO_CASED).
-PAPER_NUMBER = Extractor(paper_numbers, lambda gold: gold.replace(",", ""))
-PAPER_FLOAT = Extractor(paper_floats, parse_number, is_close)
-NUMBER_BY_VALUE = Extractor(read_numbers, parse_number, is_close, select_number)
-YES_OR_NO = Extractor(read_yes_no, lambda gold: gold.strip().lower())
-NUMBER = AnswerType("number", PAPER_NUMBER, NUMBER_BY_VALUE)
-FLOAT = AnswerType("number, by value", PAPER_FLOAT, NUMBER_BY_VALUE)
-YES_NO = AnswerType("yes/no", Extractor(paper_yes_no), YES_OR_NO)
-YES_NO_CASED = AnswerType("yes/no", Extractor(paper_yes_no, str.lower), YES_OR_NO)
-PAPER_STRING = Extractor(lambda text: [re.sub(r"[\"'\n.\s]", "", text)])  # ' "y a j o".' -> yajo
-STRING = AnswerType(
-    "string", PAPER_STRING, Extractor(read_strings, keep_letters, select=select_string)
+from answers import (
+    A_TO_C,
+    A_TO_E,
+    A_TO_F,
+    FLOAT,
+    NUMBER,
+    STRING,
+    YES_NO,
+    YES_NO_CASED,
+    AnswerType,
+    Verdict,
 )
-A_TO_C, A_TO_E, A_TO_F = map(multiple_choice, "CEF")
+from arguments import did_you_mean
+from storage import AnyPath, UserError
 
 
 # ---------------- The table.  A new benchmark is one row here (its data: data/README.md)
@@ -201,8 +62,7 @@ def find_task(key: str) -> Task:
     """Return the row of a task.  Raises UserError with the nearest known key."""
     if key in TASKS:
         return TASKS[key]
-    close = difflib.get_close_matches(str(key), TASKS, 1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    hint = did_you_mean(str(key), TASKS)
     raise UserError(f"there is no task {str(key)[:80]!r}{hint}: choose from {', '.join(TASKS)}")
 
 
@@ -302,73 +162,6 @@ def rationale_of(completion: Mapping[str, Any]) -> str:
 
 
 # ---------------- The verdict on one completion
-class Verdict(NamedTuple):
-    prediction: Any  # None: no answer
-    candidates: list  # everything that could have been read
-    correct: bool
-    contains_answer: bool  # any candidate is right
-    correct_format: bool  # the template's prefix is there, or none is expected
-
-
-ANNOUNCEMENT = re.compile(r"""(?ix) (?=[-\#\\a])  # passes over all other characters quickly
-    (?: -->  # --> yes
-      | \#\#\#\#  # #### 7
-      | \\boxed\{  # \boxed{7}
-      | \banswers?\b [^.\n]{0,60}? (?:\bis\b|\bare\b|:|=)  # answer (in dollars) is 7; Answer: C
-    )""")
-NEXT_QUESTION = re.compile(r"\n\s{0,9}(?:Q|Question):", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-MAX_SCAN_CHARS = 100_000  # at the beginning and at the end of a completion
-
-
-def paper_prediction(extractor: Extractor, prefix: str | None, text: str) -> tuple[Any, list]:
-    """Read the first candidate after the prefix; without one, the text's last (paper, appendix)."""
-    position = 0
-    if prefix and prefix in text:
-        text = text.partition(prefix)[2]
-    elif prefix:
-        position = -1
-    candidates = extractor.candidates(text)
-    if not candidates:
-        return None, []
-    return candidates[position], candidates
-
-
-def first_reply(text: str) -> str:
-    """Cut a text where a base model asks itself a next question; of a long one keep the ends."""
-    if len(text) > 2 * MAX_SCAN_CHARS:  # a model that repeats itself must not hold up the others
-        text = f"{text[:MAX_SCAN_CHARS]}\n{text[-MAX_SCAN_CHARS:]}"
-    return NEXT_QUESTION.split(text, 1)[0]
-
-
-def find_sentence(text: str, start: int, position: int) -> tuple[int, int]:
-    """Return begin and end of the sentence that position is in; it begins at `start` or later."""
-    ends_before = (m.end() for m in SENTENCE_END.finditer(text, start, position))
-    begin = max(ends_before, default=start)
-    end = SENTENCE_END.search(text, position)
-    return begin, end.start() if end else len(text)
-
-
-def flexible_prediction(extractor: Extractor, prefix: str | None, text: str) -> tuple[Any, list]:
-    """Read the sentence after the last announcement of an answer, else the last candidate."""
-    text = first_reply(text)
-    candidates = extractor.candidates(text)
-    values = [c.value for c in candidates]
-    if len(values) < 2:
-        return next(iter(values), None), values
-    position = candidates[-1].start
-    announcements = [m.end() for m in ANNOUNCEMENT.finditer(text) if m.end() <= position]
-    if not prefix:  # the prompt itself was an announcement, so the text begins with its answer
-        announcements.insert(0, 0)
-    start = max(announcements, default=0)
-    if announcements:
-        position = next(c.start for c in candidates if c.start >= start)
-    begin, end = find_sentence(text, start, position)
-    inside = [c._replace(start=c.start - begin) for c in candidates if begin <= c.start < end]
-    return extractor.select(text[begin:end], inside, bool(announcements)).value, values
-
-
-PREDICTIONS = {"paper": paper_prediction, "flexible": flexible_prediction}  # by rules
 
 
 def grade(
@@ -382,35 +175,13 @@ def grade(
     return make_grader(task, template, rules)(completion, answer)
 
 
-def make_grader(
-    task: str, template: str | None, rules: str = "paper"
-) -> Callable[[str | None, str], Verdict]:
+def make_grader(task: str, template: str | None, rules: str = "paper") -> answers.Grader:
     """Make `grade` for many completions of one file: function(completion, answer) -> Verdict."""
-    answer_type = find_task(task).answer_type
+    row = find_task(task)
     if template not in ANSWER_PREFIXES:
         known = ", ".join(TEMPLATES)
         raise UserError(f"there is no prediction template {template!r}: choose from {known}")
-    if rules not in PREDICTIONS:
-        raise UserError(f"there are no {rules!r} rules: choose paper or flexible")
-    prefix = ANSWER_PREFIXES[template]
-    extractor = getattr(answer_type, rules)
-    predict = PREDICTIONS[rules]
-    read_gold = functools.cache(extractor.gold)
-
-    def grade_one(completion: str | None, answer: str) -> Verdict:
-        """Grade one completion; an API may send null for it."""
-        text = completion or ""
-        prediction, candidates = predict(extractor, prefix, text)
-        try:
-            gold = read_gold(answer)
-        except ValueError:
-            message = f"the gold answer {answer[:80]!r} of {task} is not a {answer_type.name}"
-            raise UserError(message) from None
-        correct = prediction is not None and extractor.is_same(prediction, gold)
-        contains = correct or any(extractor.is_same(value, gold) for value in set(candidates))
-        return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
-
-    return grade_one
+    return answers.make_grader(row.answer_type, ANSWER_PREFIXES[template], rules, row.key)
 
 
 judge = grade  # its name in other projects and earlier versions
@@ -419,8 +190,6 @@ judge = grade  # its name in other projects and earlier versions
 # ---------------- Loading and splits
 
 Split = tuple[list[int], list[int]]  # training and test samples: sorted sample indices
-
-
 SAMPLE_TYPES = {"sample_index": int, "question": str, "answer": str}
 
 
@@ -432,6 +201,13 @@ class Benchmark(NamedTuple):  # and one split of it: lists of sample indices
     test: list[int]
 
 
+def prepare_command(task: str, data_dir: AnyPath) -> str:
+    """Return the command that makes the files of a benchmark in a folder."""
+    if Path(data_dir).resolve() == storage.ROOT / "data":
+        return f"python data/prepare.py {task}"
+    return f"python data/prepare.py {task} --data {data_dir}"
+
+
 def load(task: str, data_dir: AnyPath = "data") -> list[Sample]:
     """Return the samples of a prepared benchmark, or of the toy task.
 
@@ -441,9 +217,9 @@ def load(task: str, data_dir: AnyPath = "data") -> list[Sample]:
     if row.key == "toy":
         return toy_samples(row.n)
     path = Path(data_dir) / "dataset" / f"{row.key}.json"
-    remedy = f"make it with `python data/prepare.py {row.key}`"
+    remedy = f"make it with `{prepare_command(row.key, data_dir)}`"
     if not path.exists():
-        raise UserError(f"{path} is missing: {remedy}")
+        raise UserError(f"{path.resolve()} is missing: {remedy}")
     remedy = f"mend it, or {remedy}"
     content = storage.read_json(path)
     if storage.find_wrong_type(content, {"metadata": dict, "data": list}) or not content["data"]:
@@ -502,9 +278,11 @@ def load_split(task: str, split: str = "default", data_dir: AnyPath = "data") ->
     elif path.exists():
         train, test = read_split(path, row)
     else:
+        known = ["default", "template", "few_shot_8", "few_shot_32", "few_shot_128"]
         raise UserError(
-            f"{path} is missing: make it with `python data/prepare.py {row.key}` (splits: default; "
-            "template for multiarith and date_understanding; few_shot_8, few_shot_32, few_shot_128)"
+            f"{path.resolve()} is missing{did_you_mean(split, known)}: make it with "
+            f"`{prepare_command(row.key, data_dir)}` (splits: default; template for multiarith and "
+            "date_understanding; few_shot_8, few_shot_32, few_shot_128)"
         )
     if few_shot:
         import numpy as np
@@ -516,9 +294,11 @@ def load_split(task: str, split: str = "default", data_dir: AnyPath = "data") ->
 
 def split_off_validation(train: list[int], share: float, seed: int) -> Split:
     """Return (training indices without it, a random share of them for validation)."""
-    if not 0 <= share < 1:
-        raise UserError(f"--validation {share} is a share of the training samples: 0 to below 1")
-    validation = random.Random(seed).sample(train, round(share * len(train)))
+    count = round(share * len(train))
+    if share and not 0 < count < len(train):
+        what = f"--validation {share} is a share of the training samples, {count} of {len(train)}"
+        raise UserError(f"{what}: both parts need some")
+    validation = random.Random(seed).sample(train, count)
     return sorted({*train} - {*validation}), sorted(validation)
 
 

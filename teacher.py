@@ -1,217 +1,77 @@
 """Sample a teacher behind an API: OpenAI, or any server that speaks it (vLLM, llama.cpp, Ollama).
 
-    sample_remote -> ask_for_missing -> worker -> ask -> read_reply (-> the journal)
+    sample_remote -> ask_for_missing -> worker -> ask -> journal_rows (-> the journal)
     the journal -> make_completion -> publish (-> the completion file)
 
 Every answer is written to a journal before anything else happens to it, under a key that says what
 was asked.  Whatever ends a run, the next one asks only for keys that are missing; the completion
-file is made from the journal (saved/README.md).  api.py has the requests themselves.
+file is made from the journal (saved/README.md).  steps.py has what is asked, replies.py reads what
+comes back, and api.py has pace, budget and retries.
 """
 
 import asyncio
 import contextlib
-import functools
-import hashlib
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import replies
 import storage
 import tasks
 from api import (
     ApiConfig,
     ApiSession,
-    InvalidReplyError,
     JournalRow,
     RequestError,
     Rows,
     RunStopped,
     call_with_retries,
     open_journal,
-    read_usage,
     sum_usage,
 )
 from completions import (
     Completion,
     SamplingConfig,
     completions_match,
-    format_prompt,
     read_completions,
+)
+from steps import (
+    ENDPOINTS,
+    Request,
+    Samples,
+    Unit,
+    answer_texts,
+    first_prompt,
+    list_steps,
+    list_units,
+    next_requests,
+    stated_answer,
+    stop_strings,
+    token_upper_bound,
 )
 from storage import UserError
 
-ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
-Samples = list[tasks.Sample]
-Unit = tuple[tasks.Sample, range]  # completion indices of a sample that one request may ask for
-
-# ---------------- What is asked, and under which key
-
-
-class Request(NamedTuple):
-    """A request for completions of a sample (step 1), or for the answer of one (step 2)."""
-
-    sample_index: int
-    step: int
-    keys: dict[int, str]  # {completion_index: key} of what it asks for
-    body: dict[str, Any]
-
-    @property
-    def key(self) -> str:
-        return next(iter(self.keys.values()))
-
-
-def stop_strings(plan: SamplingConfig) -> list[str]:
-    """Return where a completion ends: before the next question, or at the END of the paper."""
-    if plan.template == "fs_cot":
-        return ["\nQ:"]  # few-shot examples teach a base model to continue with a question
-    if plan.family == "openai" and plan.template.startswith("ft"):
-        return [" END"]
-    return []
-
-
-@functools.lru_cache
-def request_parameters(plan: SamplingConfig, step: int) -> tuple[dict[str, Any], str]:
-    """Return what every request of a step sends besides its text, and the same as JSON."""
-    limit = "max_tokens"
-    if plan.api == "chat" and not plan.legacy_max_tokens:
-        limit = "max_completion_tokens"
-    parameters: dict[str, Any] = {"model": plan.model, limit: plan.max_new_tokens}
-    if plan.temperature is not None:
-        parameters["temperature"] = plan.temperature
-        if step == 2:
-            parameters["temperature"] = 0.0  # the answer is read off greedily
-    if plan.api == "completions" and step == 1 and stop_strings(plan):
-        parameters["stop"] = stop_strings(plan)
-    return parameters, json.dumps([plan.api, parameters], sort_keys=True)
-
-
-def request_body(plan: SamplingConfig, step: int, texts: list[str]) -> dict[str, Any]:
-    """Return the body of a request for one choice."""
-    body = dict(request_parameters(plan, step)[0])
-    if plan.api == "completions":
-        body["prompt"] = texts[0]
-    else:
-        turns = zip(("user", "assistant", "user"), texts, strict=False)
-        body["messages"] = [{"role": role, "content": text} for role, text in turns]
-    return body
-
-
-def completion_key(
-    plan: SamplingConfig, step: int, texts: list[str], sample_index: int, k: int
-) -> str:
-    """Return 20 hex digits of all that is asked, for which sample, completion and step."""
-    _, parameters = request_parameters(plan, step)
-    asked = "\0".join([parameters, *texts, f"{sample_index} {k} {step}"])
-    return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:20]
-
-
-def answer_texts(plan: SamplingConfig, prompt: str, rationale: str) -> list[str]:
-    """Return the texts of Zero-shot-CoT's second step (paper §3): turns, or one prompt."""
-    if plan.api == "chat":
-        return [prompt, rationale, tasks.ANSWER_TRIGGER.strip()]
-    return [prompt + rationale + tasks.ANSWER_TRIGGER]
-
-
-def needs_answer_step(row: JournalRow) -> bool:
-    """Whether a rationale has an answer to read off: not if it was cut, filtered or refused."""
-    return row["finish_reason"] == "stop" and bool((row["completion"] or "").strip())
-
-
-def list_steps(
-    plan: SamplingConfig, rows: Rows, sample: tasks.Sample, k: int
-) -> list[tuple[str, list[str]]]:
-    """Return (key, texts) of the steps of completion k: of step 2 once rows hold its rationale."""
-    index = sample["sample_index"]
-    texts = [format_prompt(plan, sample)]
-    steps = [(completion_key(plan, 1, texts, index, k), texts)]
-    first = rows.get(steps[0][0])
-    if plan.template == "zs_cot" and first and needs_answer_step(first):
-        texts = answer_texts(plan, texts[0], first["completion"])
-        steps.append((completion_key(plan, 2, texts, index, k), texts))
-    return steps
-
-
-def next_requests(
-    plan: SamplingConfig, rows: Rows, sample: tasks.Sample, ks: Iterable[int]
-) -> list[Request]:
-    """Return the requests that completions ks of a sample need next; [] when all are in rows."""
-    index = sample["sample_index"]
-    first_keys = {}
-    second_steps = []
-    for k in ks:
-        steps = list_steps(plan, rows, sample, k)
-        key, texts = steps[-1]
-        if key in rows:
-            continue
-        if len(steps) == 1:
-            first_keys[k] = key
-        else:
-            second_steps.append(Request(index, 2, {k: key}, request_body(plan, 2, texts)))
-    if not first_keys:
-        return second_steps
-    body = request_body(plan, 1, [format_prompt(plan, sample)])
-    if len(first_keys) > 1:
-        body["n"] = len(first_keys)
-    return [Request(index, 1, first_keys, body)]
-
-
-def list_units(plan: SamplingConfig, samples: Samples) -> Iterator[Unit]:
-    for sample in samples:
-        for k in range(0, plan.degree, plan.choices):
-            yield sample, range(k, min(k + plan.choices, plan.degree))
-
-
-def token_upper_bound(body: dict[str, Any]) -> tuple[int, int]:
-    """Return the most (prompt, completion) tokens of a request: one a byte, and 16 more a turn."""
-    texts = [turn["content"] for turn in body.get("messages", [])] or [body["prompt"]]
-    limit = body.get("max_completion_tokens") or body["max_tokens"]
-    return sum(len(text.encode()) + 16 for text in texts), limit * body.get("n", 1)
-
+CHAT_MAX_TOKENS = 1024  # new tokens of a rationale: 128, the paper's, cut most of today's
 
 # ---------------- What comes back
 
 
-def read_reply(reply: Any, api: str, request: Request) -> list[JournalRow]:
-    """Return a row a choice, no more than were asked for, and in the first one the usage.
-
-    Raises InvalidReplyError for a reply, or a choice, without a message.
-    """
-    found: dict[int, dict[str, Any]] = {}
-    try:
-        for place, choice in enumerate(reply["choices"]):
-            index = choice.get("index")
-            if type(index) is not int:
-                index = place
-            found.setdefault(index, read_choice(choice, api))
-    except (AttributeError, LookupError, TypeError):
-        found = {}
-    if not found:
-        raise InvalidReplyError(f"a reply without choices: {json.dumps(reply)[:200]}")
+def journal_rows(reply: replies.Reply, request: Request) -> list[JournalRow]:
+    """Return a row a choice, no more than were asked for, and in the first one the usage."""
+    thinks = bool(reply.usage and reply.usage.get("reasoning_tokens"))
     rows = []
-    for (k, key), place in zip(request.keys.items(), sorted(found), strict=False):
+    for (k, key), choice in zip(request.keys.items(), reply.choices, strict=False):
         row = {"key": key, "sample_index": request.sample_index, "completion_index": k}
-        row |= {"step": request.step, **found[place], "model": text_or_none(reply.get("model"))}
-        rows.append(row)
-    rows[0]["usage"] = read_usage(reply.get("usage"))
+        row |= {"step": request.step, "completion": choice.text}
+        if choice.reasoning or thinks:
+            row["reasoning"] = choice.reasoning or ""
+        row["finish_reason"] = choice.finish_reason
+        if choice.refusal:
+            row["refusal"] = choice.refusal
+        rows.append(row | {"model": reply.model})
+    rows[0]["usage"] = reply.usage
     return rows
-
-
-def read_choice(choice: dict[str, Any], api: str) -> dict[str, str | None]:
-    """Return the text of a choice and why it ended; another shape raises what it happens to."""
-    message = {"content": choice["text"]} if api == "completions" else choice["message"]
-    text = message.get("content")
-    if text is not None:
-        text = storage.replace_lone_surrogates(text)
-    columns = {"completion": text, "finish_reason": text_or_none(choice.get("finish_reason"))}
-    if message.get("refusal"):
-        columns["refusal"] = str(message["refusal"])
-    return columns
-
-
-def text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 # ---------------- Workers
@@ -232,11 +92,8 @@ async def ask(session: ApiSession, plan: SamplingConfig, request: Request) -> No
             cast_to=httpx2.Response,
             options={"headers": {"X-Client-Request-Id": request.key}},
         )
-        try:
-            reply = json.loads(response.content)
-        except (ValueError, RecursionError):
-            raise InvalidReplyError(f"a reply that is not JSON: {response.text[:200]!r}") from None
-        return read_reply(reply, plan.api, request)
+        value = replies.parse_reply(response.content)
+        return journal_rows(replies.read_reply(value, plan.api, len(request.keys)), request)
 
     tokens = prompt_tokens / 4 + completion_tokens
     try:
@@ -252,7 +109,48 @@ async def ask(session: ApiSession, plan: SamplingConfig, request: Request) -> No
     elif cost:
         session.spent += cost
         rows[0]["possible_cost"] = cost
+    watch_ends(session, plan, rows)
     await session.record(rows)
+
+
+def watch_ends(session: ApiSession, plan: SamplingConfig, rows: list[JournalRow]) -> None:
+    """Say why texts ended: an unknown reason once, cut ones after the first ten.
+
+    Stops the run where the first twenty of a teacher are all cut: so would be those to come.
+    """
+    before = session.ends.total()
+    for row in rows:
+        kind = replies.finish_kind(row["finish_reason"])
+        if any(stop in (row["completion"] or "") for stop in stop_strings(plan)):
+            kind = "stop"
+        if kind == "unknown":
+            session.unknown_ends[row["finish_reason"]] += 1
+            if session.unknown_ends[row["finish_reason"]] == 1:
+                name = session.words(row["finish_reason"])
+                print(f"sample: finish_reason {name!r} is not known, and taken for an end")
+        if row["step"] == 1:
+            session.ends[kind] += 1
+    total = session.ends.total()
+    if before < 10 <= total and session.ends["length"]:
+        print(describe_cuts(plan, session.ends["length"], total), file=sys.stderr, flush=True)
+    if plan.is_teacher and total >= 20 and session.ends["length"] == total:
+        session.stop(f"all of the first {total} texts were cut: {limit_advice(plan)}")
+
+
+def describe_cuts(plan: SamplingConfig, cut: int, total: int) -> str:
+    """Return how many texts were cut, with the flag that says where."""
+    limit = f"{plan.max_new_tokens} tokens ({limit_flag(plan)})"
+    return f"sample: {cut} of {total} texts were cut at {limit}"
+
+
+def limit_flag(plan: SamplingConfig) -> str:
+    """Return the flag that set the token limit."""
+    return "--teacher_max_new_tokens" if plan.is_teacher else "--max_new_tokens"
+
+
+def limit_advice(plan: SamplingConfig) -> str:
+    """Return what to do where texts are cut at the token limit."""
+    return f"give more than {limit_flag(plan)} {plan.max_new_tokens}; reasoning counts as well"
 
 
 def add_failure(session: ApiSession, request: Request, error: Exception) -> None:
@@ -300,16 +198,21 @@ async def ask_for_missing(session: ApiSession, plan: SamplingConfig, samples: Sa
 async def report_progress(session: ApiSession) -> None:
     while True:
         await asyncio.sleep(10)
-        print(describe_progress(session), file=sys.stderr, flush=True)
+        text = describe_progress(session)
+        if session.pause_reason:
+            text += f"; all wait: {session.pause_reason}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe_progress(session: ApiSession) -> str:
     """Return what this run did, and the tokens and dollars of all runs."""
-    usage = sum_usage(session.journal.rows.values())
+    usage = session.usage()
     text = f"sample: {len(session.failed_keys)} failed; {session.requests} requests; in all "
     text += f"{usage['prompt_tokens']} prompt and {usage['completion_tokens']} completion tokens"
     if usage["usage_unknown"]:
         text += f" and those of {usage['usage_unknown']} requests that the server did not count"
+    if "reasoning_tokens" in usage:
+        text += f", {usage['reasoning_tokens']} of them reasoning"
     if session.api.price_in is not None:
         text += f", ${session.spent:.4f}"
     return text
@@ -350,25 +253,42 @@ def make_completion(
 
     Of zs_cot, `completion` is the answer of step 2; "" where there was none to read off.
     """
-    prompt = format_prompt(plan, sample)
-    text = steps[0]["completion"] or ""
-    first = {"prompt": prompt, "completion": text, "finish_reason": steps[0]["finish_reason"]}
+    prompt = first_prompt(plan, sample["question"])
+    first = {"prompt": prompt, **read_row(steps[0])}
+    text = first["completion"]
     for stop in stop_strings(plan):
         if stop in text:  # some servers leave it in
             first |= {"completion": text.partition(stop)[0], "finish_reason": "stop"}
+    reasoning = first.pop("reasoning")
     row = {"sample_index": sample["sample_index"], "completion_index": k}
     row |= {"question": sample["question"], "answer": sample["answer"], **first}
     if plan.template == "zs_cot":
         row |= {f"reasoning_{name}": value for name, value in first.items()}
         row |= {"prompt": answer_texts(plan, prompt, text)[-1]}
         row |= {"completion": "", "finish_reason": None}
+        if stated := stated_answer(plan, steps[0]):
+            row |= {"completion": stated, "finish_reason": first["finish_reason"]}
     for second in steps[1:]:
-        row["completion"] = second["completion"] or ""
-        row["finish_reason"] = second["finish_reason"]
+        answer = read_row(second)
+        row |= {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
+    if reasoning:
+        row["reasoning"] = reasoning
     row |= {"api": plan.api, "model": steps[-1]["model"]}
     if "refusal" in steps[-1]:
         row["refusal"] = steps[-1]["refusal"]
     return row
+
+
+def read_row(row: JournalRow) -> dict[str, str]:
+    """Return text, finish_reason (stop, length, ...) and reasoning of a row of any version."""
+    text, reasoning, is_whole = replies.split_reasoning(row["completion"] or "")
+    kind = replies.finish_kind(row["finish_reason"])
+    if kind == "unknown":
+        kind = "stop"
+    if not is_whole:
+        kind = "length"
+    reasoning = row.get("reasoning") or reasoning
+    return {"completion": text, "finish_reason": kind, "reasoning": reasoning}
 
 
 def publish(path: Path, metadata: dict, dataset: Dataset, samples: Samples) -> Path:
@@ -395,6 +315,11 @@ def print_summary(
         share = 100 * correct / len(rows)
         text += f"; {share:.1f}% of {len(rows)} are correct so far ({rules} rules)"
     print(text)
+    cut = sum(is_cut(row) for row in rows)
+    if cut:
+        print(f"{describe_cuts(plan, cut, len(rows))}: {limit_advice(plan)}")
+    for name, count in session.unknown_ends.items():
+        print(f"sample: {count} texts ended with {session.words(name)!r}, taken for an end")
     groups = [completions for completions in dataset.data.values() if len(completions) > 1]
     identical = sum(is_repetition(completions) for completions in groups)
     if identical and plan.temperature != 0:
@@ -403,6 +328,11 @@ def print_summary(
             "does the server sample?  (transformers serve does only where the model's "
             "generation_config.json says do_sample: true)"
         )
+
+
+def is_cut(row: Completion) -> bool:
+    """Tell whether the token limit cut the rationale."""
+    return row.get("reasoning_finish_reason", row["finish_reason"]) == "length"
 
 
 def is_repetition(completions: list[Completion]) -> bool:
@@ -420,11 +350,65 @@ def default_rules(api: str | None) -> str:
     return "paper"
 
 
+def no_completions(name: str, task: str, path: Path) -> UserError:
+    """Return an error that says how to get the completions of a teacher."""
+    get = (
+        "set OPENAI_API_KEY or --base_url to ask it through the API, put its file there "
+        "(saved/README.md has the format), or take a local teacher, hf:NAME"
+    )
+    if name == "text-davinci-002":  # which no API has any more
+        get = (
+            "the paper's are in teacher_completion_data.tar.gz, linked from "
+            "https://github.com/itsnamgyu/reasoning-teacher (a part of 8 GB in all), and `python "
+            "data/prepare.py --completions teacher_completion_data.tar.gz` takes them in; for data "
+            "of your own ask another teacher: --teacher NAME --base_url "
+            "http://127.0.0.1:8000/v1 (or with OPENAI_API_KEY), or --teacher hf:NAME, a local one"
+        )
+    return UserError(f"there are no completions of {name} for {task} at {path}: {get}")
+
+
+def has_journal(path: Path) -> bool:
+    """Tell whether a completion file has answers in its journal."""
+    journal_path = path.with_suffix(".journal.jsonl")
+    return journal_path.exists() and journal_path.stat().st_size > 0
+
+
+def with_limit(
+    plan: SamplingConfig, samples: Samples, path: Path, limit: int | None
+) -> SamplingConfig:
+    """Return the plan with a limit of tokens; None: of a chat, more than the paper's 128.
+
+    A journal that was begun with the paper's goes on with it: what was paid for is kept.
+    """
+    journal_path = path.with_suffix(".journal.jsonl")
+    if limit or plan.api != "chat":
+        return plan
+    if has_journal(path) and journal_begins_with(journal_path, plan, samples):
+        return plan
+    return plan._replace(max_new_tokens=CHAT_MAX_TOKENS)
+
+
+def journal_begins_with(path: Path, plan: SamplingConfig, samples: Samples) -> bool:
+    """Tell whether the first answer of a journal was asked for as a plan says."""
+    with open(path, "rb") as f:
+        first = f.readline()
+    try:
+        row = storage.parse_json(first, path)
+        asked = [sample for sample in samples if sample["sample_index"] == row["sample_index"]]
+        k = row["completion_index"]
+        return any(row["key"] == list_steps(plan, {}, sample, k)[0][0] for sample in asked)
+    except (LookupError, TypeError, UserError):  # open_journal says what is wrong with it
+        return False
+
+
 def with_settings(metadata: dict, plan: SamplingConfig, samples: Samples) -> dict:
     """Return metadata with the settings that its completion file is made with."""
     settings = plan._asdict()
-    for name in ("family", "choices", "examples"):
+    for name in ("family", "choices", "examples", "task", "is_teacher"):
         del settings[name]
+    for name in ("parameters", "system", "extra_headers"):
+        if not settings[name]:
+            del settings[name]  # as in the files of earlier versions
     settings["examples"] = storage.fingerprint(plan.examples)
     settings["samples"] = storage.fingerprint(samples)
     return metadata | {"settings": settings}
@@ -456,6 +440,7 @@ def sample_missing(
 
     Raises UserError where some of it is missing in the end: the journal has what was answered.
     """
+    refuse_open_batches(path)
     session = ApiSession(api, path)
     asyncio.run(ask_for_missing(session, plan, samples))
     dataset = make_dataset(plan, samples, session.journal.rows)
@@ -470,6 +455,23 @@ def sample_missing(
             "command again to ask for them, or continue without them from --stage curate"
         )
     return publish(path, metadata, dataset, samples)
+
+
+def refuse_identical(plan: SamplingConfig) -> None:
+    """Raise UserError where a plan would buy one rationale several times."""
+    if plan.degree > 1 and plan.temperature == 0:
+        raise UserError(
+            f"--degree {plan.degree} at --temperature 0 would buy {plan.degree} identical "
+            "rationales: use --temperature 0.7"
+        )
+
+
+def refuse_open_batches(path: Path) -> None:
+    """Raise UserError where a batch of this completion file is under way: it is paid for."""
+    if path.with_suffix(".batches.jsonl").exists():
+        from extras import batch_api
+
+        batch_api.refuse_open_batches(path)
 
 
 def publish_partial(path: Path, metadata: dict, plan: SamplingConfig, samples: Samples) -> None:

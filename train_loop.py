@@ -18,12 +18,11 @@ Shapes: B rows of a micro-batch, T tokens of a row, N label tokens in all, H wid
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,33 +31,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AttentionInterface, BatchEncoding
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import checkpoints
+import rehearsal
 from batches import (
     IGNORE_INDEX,
-    MicroBatch,
-    PackedLengths,
     Samples,
     collate,
-    describe_dropped,
     global_batches,
     micro_batches,
-    tokenize,
 )
 from checkpoints import Row, Rows, TrainState, describe_steps
-from storage import (
-    FinetuneData,
-    Interrupted,
-    Ranks,
-    UserError,
-    out_of_memory_hint,
-    print0,
-    progress,
-)
+from distributed import Ranks, print0
+from packing import label_logits, packed_rows
+from storage import Interrupted, UserError, out_of_memory_hint
+from terminal import progress
+from tokens import TokenizedSamples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,119 +78,11 @@ class TrainConfig:
     plain: bool = False  # only what this file shows, nothing of extras/
 
 
-# ---------------- Packing: attention among the tokens of each sample of a row
+OUT_OF_MEMORY_ADVICE = (
+    ": lower --micro_tokens or --micro_batch_size (same result), or use --gradient_checkpointing"
+)
 
-
-@torch.compiler.disable  # the lengths differ with every step
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    packed_lengths: PackedLengths,
-    position_bias: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attend within each sample of a packed row; the attention implementation "packed".
-
-    query, key, value: (1, heads, T, head_dim).  Returns (1, T, heads, head_dim) and no weights.
-    Costs the sum of the squared sample lengths; a block mask over the row would cost T squared.
-    """
-    query_lengths, key_lengths = lengths_of_layer(module, packed_lengths)
-    queries = query.split(query_lengths, dim=2)
-    keys = key.split(key_lengths, dim=2)
-    values = value.split(key_lengths, dim=2)
-    outputs = []
-    for q, k, v in zip(queries, keys, values, strict=True):
-        if position_bias is not None:
-            options["position_bias"] = position_bias[:, :, : q.shape[2], : k.shape[2]]
-        output, _ = sdpa_attention_forward(module, q, k, v, None, **options)
-        outputs.append(output)
-    return torch.cat(outputs, dim=1), None
-
-
-AttentionInterface.register("packed", packed_attention)
-
-
-def lengths_of_layer(module: nn.Module, lengths: PackedLengths) -> tuple[list[int], list[int]]:
-    """Return each sample's number of queries and of keys in an attention layer."""
-    if not lengths.label or not module.is_decoder:
-        return lengths.prompt, lengths.prompt
-    if module.is_causal:
-        return lengths.label, lengths.label
-    return lengths.label, lengths.prompt  # cross-attention
-
-
-def set_position_bias(
-    module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give T5's first layers the position bias of the longest sample, not of the whole row.
-
-    A forward pre-hook.  The bias depends on distances alone: all samples' are corners of that one.
-    """
-    if options.get("position_bias") is None:
-        sizes = [max(lengths) for lengths in lengths_of_layer(module, options["packed_lengths"])]
-        if module.has_relative_attention_bias:
-            options["position_bias"] = module.compute_bias(*sizes, device=inputs[0].device)
-        else:
-            options["position_bias"] = inputs[0].new_zeros(1, module.n_heads, *sizes)
-    return inputs, options
-
-
-def is_packing_exact(model: Model, samples: Samples, decoder_start_token_id: int | None) -> bool:
-    """Tell whether packed samples get the logits that they get alone, to 1e-3 of the largest.
-
-    Packs the longest sample and, after it, the one of median length, so that absolute positions,
-    sliding windows, recurrent states or masks of the model's own show up.
-    """
-    if model.config._attn_implementation != "sdpa":
-        return False
-    by_length = sorted(samples, key=lambda sample: sample.length)
-    pair = [by_length[-1], by_length[len(by_length) // 2]]
-    model.eval()
-    with torch.no_grad():
-        batches = [collate([sample], decoder_start_token_id, packing=False) for sample in pair]
-        alone = torch.cat([label_logits(model, batch, model.device) for batch in batches])
-        model.set_attn_implementation("packed")
-        try:
-            packed = label_logits(
-                model, collate(pair, decoder_start_token_id, packing=True), model.device
-            )
-        except TypeError:  # the model does not hand keywords down to its attention
-            return False
-        finally:
-            model.set_attn_implementation("sdpa")
-    if packed.shape != alone.shape:
-        return False
-    error = (packed - alone).abs().max()
-    return bool(error <= 1e-3 * alone.abs().max())
-
-
-# ---------------- Logits and loss, at label tokens alone
-
-
-def label_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> Tensor:
-    """Return the (N, V) logits that predict label tokens, row by row; no others are computed.
-
-    A packed row asks for them where the model knows `logits_to_keep`.  Otherwise a hook hands
-    (N, H) instead of (B, T, H) to the vocabulary projection, whatever the model does around it.
-    """
-    raw_model = getattr(model, "module", model)  # what DDP is around
-    inputs = BatchEncoding(batch.inputs).to(device)
-    is_label = (batch.targets != IGNORE_INDEX).to(device)
-    parameters = inspect.signature(raw_model.forward).parameters
-    if len(is_label) == 1 and "logits_to_keep" in parameters:
-        positions = is_label[0].nonzero()[:, 0]
-        logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-        return logits.flatten(0, 1)  # of (1, N, V); [0] would copy its gradient
-    head = raw_model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][is_label],))
-    try:
-        return model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
+# ---------------- Loss, at label tokens alone
 
 
 class LabelLoss(torch.autograd.Function):
@@ -253,10 +135,8 @@ class TrainSetup(NamedTuple):
 
     state: TrainState  # model (to save and to evaluate), optimizer, scaler
     parallel: nn.Module  # what is called: the model, or DDP around it
-    samples: Samples
-    decoder_start_token_id: (
-        int | None
-    )  # what an encoder-decoder's decoder reads first; None: a decoder
+    samples: TokenizedSamples
+    decoder_start_token_id: int | None  # what T5's decoder reads first; None: a decoder-only model
     packing: bool
     config: TrainConfig
     ranks: Ranks
@@ -279,15 +159,19 @@ class TrainSetup(NamedTuple):
 
 def prepare_training(
     model: Model,
-    samples: Samples,
+    samples: TokenizedSamples,
     decoder_start_token_id: int | None,
     config: TrainConfig,
     ranks: Ranks,
 ) -> TrainSetup:
     """Place, compile and parallelize the student as config says, and make its optimizer."""
+    rehearsal.check_samples(model, samples)
     if config.shard == "no":
         model.to(ranks.device)
-    packing = config.packing and is_packing_exact(model, samples, decoder_start_token_id)
+    state = TrainState(model, None, None)  # the rest comes when the layout is known
+    setup = TrainSetup(state, model, samples, decoder_start_token_id, True, config, ranks)
+    torch.set_float32_matmul_precision("highest")  # an earlier run may have asked for less
+    setup = choose_layout(setup)
     matmul_precision = "highest"
     if config.precision == "tf32":
         matmul_precision = "medium" if ranks.device.type == "cpu" else "high"
@@ -302,12 +186,43 @@ def prepare_training(
 
         parallel = shard(model, config.shard, config.precision, ranks)
     elif ranks.world_size > 1:
-        parallel = DistributedDataParallel(model)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     options = {"lr": config.lr, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
-    state = TrainState(model, optimizer, scaler)
-    return TrainSetup(state, parallel, samples, decoder_start_token_id, packing, config, ranks)
+    return setup._replace(state=TrainState(model, optimizer, scaler), parallel=parallel)
+
+
+def choose_layout(setup: TrainSetup) -> TrainSetup:
+    """Return how samples are laid out: packed, padded or one by one, and whether by fast paths.
+
+    The first that gives this student the logits and gradients of each sample alone.
+    """
+    model = setup.state.model
+    config = setup.config
+    samples = rehearsal.longest_and_shortest(setup.samples)
+    trial = (model, samples, setup.decoder_start_token_id)
+    kind = f"models of type {model.config.model_type} give"
+    layouts = [(True, config.plain), (True, True), (False, config.plain), (False, True)]
+    if not config.packing or model.config._attn_implementation != "sdpa":
+        layouts = layouts[2:]
+    with rehearsal.rehearsal_mode(model), out_of_memory_hint(OUT_OF_MEMORY_ADVICE):
+        truth = rehearsal.try_alone(*trial, config.shard != "no")
+        for packing, plain in dict.fromkeys(layouts):
+            chosen = setup._replace(
+                packing=packing, config=dataclasses.replace(config, plain=plain)
+            )
+            with training_mode(chosen):
+                model.eval()
+                is_exact = rehearsal.agrees(*trial, packing, truth)
+            if is_exact:
+                if plain != config.plain:
+                    print0(setup.ranks, f"{kind} other gradients on the fast path: it is left out")
+                return chosen
+    print0(setup.ranks, f"{kind} a sample of a batch another loss: samples are trained one by one")
+    return setup._replace(
+        packing=False, config=dataclasses.replace(config, plain=True, micro_batch_size=1)
+    )
 
 
 @contextlib.contextmanager
@@ -317,12 +232,7 @@ def training_mode(setup: TrainSetup) -> Iterator[None]:
     model.train()
     with contextlib.ExitStack() as stack:
         if setup.packing:
-            model.set_attn_implementation("packed")
-            stack.callback(model.set_attn_implementation, "sdpa")
-            for module in model.modules():
-                if hasattr(module, "compute_bias"):
-                    hook = module.register_forward_pre_hook(set_position_bias, with_kwargs=True)
-                    stack.callback(hook.remove)
+            stack.enter_context(packed_rows(model))
         if not setup.config.plain and (Path(__file__).parent / "extras").is_dir():
             stack.enter_context(open_fast_paths(setup))
         yield
@@ -443,27 +353,25 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 def train(
     model: Model,
     tokenizer: Tokenizer,
-    family: str,
-    data: FinetuneData,
+    samples: TokenizedSamples,
     out: Path,
     config: TrainConfig,
     settings: Row,
     ranks: Ranks,
     arguments: Row,
+    later: int = 0,
 ) -> Iterator[int]:
-    """Fine-tune model on data and save it to out; yield each epoch (1, 2, ...) when it is done.
+    """Fine-tune model and save it to out; yield each epoch (1, 2, ...) when it is done.
 
     Resumes from a checkpoint in out; an epoch that it ends is yielded first.  Raises UserError
-    without a usable sample or finite loss, Interrupted on SIGTERM, after a checkpoint.
+    without a finite loss, Interrupted on SIGTERM, after a checkpoint.
+    later: steps of the students to come, for the time that is left.
     """
-    max_positions = getattr(model.config, "max_position_embeddings", None)
-    samples, dropped = tokenize(tokenizer, family, data, config.max_length, max_positions)
-    if dropped:
-        print0(ranks, describe_dropped(dropped, len(samples), config.max_length))
-    is_decoder = family == "decoder"
-    start_token = None if is_decoder else model.config.decoder_start_token_id
+    start_token = None
+    if model.config.is_encoder_decoder:
+        start_token = model.config.decoder_start_token_id
     setup = prepare_training(model, samples, start_token, config, ranks)
-    step = checkpoints.load_checkpoint(out, setup.state)
+    step = checkpoints.load_checkpoint(out, setup.state, ranks)
     rows = checkpoints.start_log(out, step, ranks, settings, arguments)  # one for every step so far
     print0(ranks, describe_run(setup, step))
     if step and step % setup.steps_per_epoch == 0:
@@ -472,23 +380,22 @@ def train(
     for epoch in range(step // setup.steps_per_epoch + 1, config.epochs + 1):
         start = time.perf_counter()
         first = len(rows)
-        with training_mode(setup), set_on_sigterm(stop_asked):
-            step, stop = train_epoch(setup, epoch, step, rows, out, stop_asked)
-        seconds = time.perf_counter() - start
-        if step % setup.steps_per_epoch == 0:
-            checkpoints.log_epoch(out, epoch, rows, seconds, ranks)
+        with checkpoints.open_log(out, ranks) as log:
+            with training_mode(setup), set_on_sigterm(stop_asked):
+                step, stop = train_epoch(setup, epoch, step, rows, log, out, stop_asked)
+            seconds = time.perf_counter() - start
+            if step % setup.steps_per_epoch == 0:
+                log(checkpoints.epoch_row(epoch, rows, seconds, ranks.device))
         if step == setup.max_steps:
             checkpoints.save_student(out, setup.state, tokenizer, settings, ranks)
         elif stop or config.checkpoint_every and epoch % config.checkpoint_every == 0:
             checkpoints.save_checkpoint(out, setup.state, step, config.keep, ranks)
-        print0(ranks, describe_steps(rows[first:], setup.max_steps, seconds, ranks.device))
+        print0(ranks, describe_steps(rows[first:], config.epochs, setup.max_steps + later, seconds))
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
         if stop and step < setup.max_steps:
-            raise Interrupted(
-                f"stopped by SIGTERM at step {step}: there is a checkpoint; start the same "
-                "command again to go on"
-            )
+            what = f"stopped by SIGTERM at step {step}: there is a checkpoint"
+            raise Interrupted(f"{what}; start the same command again to go on")
         yield epoch
 
 
@@ -497,6 +404,7 @@ def train_epoch(
     epoch: int,
     step: int,
     rows: Rows,
+    log: Callable[[Row], None],
     out: Path,
     stop_asked: threading.Event,
 ) -> tuple[int, bool]:
@@ -511,16 +419,13 @@ def train_epoch(
         step += 1
         batch = [setup.samples[i] for i in indices]
         lr = learning_rate(step, setup.max_steps, config)
-        with out_of_memory_hint(
-            f" at step {step}: lower --micro_tokens or --micro_batch_size (same result), or use "
-            "--gradient_checkpointing"
-        ):
+        with out_of_memory_hint(f" at step {step}{OUT_OF_MEMORY_ADVICE}"):
             figures, stop = optimizer_step(setup, batch, step, lr, stop_asked.is_set())
         rows.append({"step": step, "epoch": epoch, **figures})
-        checkpoints.append_log(out, rows[-1], ranks)
+        log(rows[-1])
         if config.log_every and step % config.log_every == 0:
             seconds = time.perf_counter() - printed
-            print0(ranks, describe_steps(rows[first:], setup.max_steps, seconds, ranks.device))
+            print0(ranks, describe_steps(rows[first:], config.epochs, setup.max_steps, seconds))
             printed += seconds
             first = len(rows)
         if stop:
@@ -544,15 +449,16 @@ def set_on_sigterm(event: threading.Event) -> Iterator[None]:
 def describe_run(setup: TrainSetup, step: int) -> str:
     """Say how many samples and steps there are, and the micro-batches of the longest batch."""
     config = setup.config
-    by_length = sorted(setup.samples, key=lambda sample: sample.length)
-    groups = setup.micro_batches(by_length[-config.batch_size :])
+    longest = setup.samples.shortest_first[-config.batch_size :]
+    groups = setup.micro_batches([setup.samples[i] for i in longest])
     n_ranks = setup.ranks.world_size
     layout = "packed" if setup.packing else "padded"
-    line = (
-        f"{len(setup.samples)} samples, {config.epochs} epochs of {setup.steps_per_epoch} steps; "
-        f"batch {config.batch_size} = {n_ranks} rank(s) x {len(groups) // n_ranks} micro-batch(es) "
-        f"of up to {max(map(len, groups))}, {layout}; {config.precision} on {setup.ranks.device}"
-    )
+    epochs = f"{config.epochs} epochs of {setup.steps_per_epoch} steps"
+    batch = f"batch {config.batch_size}"
+    if len(groups) > 1:
+        batch += f" = {n_ranks} rank(s) x {len(groups) // n_ranks} micro-batch(es)"
+    where = f"{config.precision} on {setup.ranks.device}"
+    line = f"    {len(setup.samples):,} samples, {epochs}; {batch}, {layout}; {where}"
     if step:
-        line += f"; going on after step {step} of {setup.max_steps}"
+        line += f"\n    going on after step {step} of {setup.max_steps}"
     return line

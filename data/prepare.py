@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import completions
 import storage
 import tasks
+import terminal
 from storage import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,7 +238,8 @@ def receive(url: str, part: Path) -> None:
     start = 0
     if part.exists():
         start = part.stat().st_size
-    if not sys.stderr.isatty():
+    has_terminal = terminal.has_terminal()
+    if not has_terminal:
         print(f"downloading {url} from byte {start}", file=sys.stderr)
     with open_url(url, start) as response, open(part, "ab") as f:
         if response.status != 206:  # the server sends everything
@@ -245,7 +247,7 @@ def receive(url: str, part: Path) -> None:
             f.truncate()
         total = f.tell() + int(response.headers.get("Content-Length") or 0)
         options = {"total": total, "initial": f.tell(), "unit": "B", "unit_scale": True}
-        with tqdm(desc=part.name, leave=False, disable=None, **options) as bar:
+        with tqdm(desc=part.name, leave=False, disable=not has_terminal, **options) as bar:
             while chunk := response.read(1 << 16):
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -328,12 +330,17 @@ def build(key: str, recipe: Recipe, mirror: Path | None, out: Path) -> bytes:
 
 
 def put_split(key: str, n: int, out: Path) -> tuple[bool, str]:
-    """Write the default split of n samples; return (whether it was written, 'train 7 / test 3')."""
+    """Write the default split of n samples; return (whether it was written, 'train 7 / test 3').
+
+    Raises UserError where the row of TASKS has other sizes.
+    """
+    row = tasks.find_task(key)
     train, test = tasks.default_split(key, n)
-    if not train or not test or max(train + test) >= n:
+    sizes = (n, len(train), len(test))
+    if sizes != (row.n, row.train, row.test) or not train or not test:
         raise UserError(
-            f"dataset/{key}.json has {n} samples, too few for the split of its row in tasks.py: "
-            "change either"
+            f"dataset/{key}.json has {n} samples, {len(train)} to train and {len(test)} to test, "
+            f"but its row of TASKS says {row.n}, {row.train} and {row.test}: change either"
         )
     content = json.dumps({"train": train, "test": test}).encode()
     file = File(f"split/{key}__default.json", hashlib.sha256(content).hexdigest())
@@ -472,28 +479,23 @@ def prepare_all(keys: list[str], mirror: Path | None, out: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     benchmarks = [key for key in tasks.TASKS if key in RECIPES]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("task", nargs="*", default=benchmarks, help="keys of tasks.py (default: the 12 benchmarks)")
     add("--mirror", type=Path, help="read the raw files from this folder; download nothing")
-    add("--out", type=Path, default=ROOT / "data", help="write here (default: data/)")
+    add("--data", "--out", type=Path, dest="out", default=ROOT / "data", help="default: data/")
     add("--completions", type=Path, help="import the completion files of this tar.gz instead")
     add("--saved", type=Path, default=ROOT / "saved", help="with --completions (default: saved/)")
     options = parser.parse_args(argv)
-    storage.escape_unencodable_output()
     mirror = options.mirror
     if mirror and not mirror.is_dir():
         form = "<owner>/<repo>/<commit>/<path>"
         parser.error(f"there is no folder {mirror}: give --mirror the folder that holds {form}")
-    try:
+    with terminal.error_exits():
         if not options.completions:
             return prepare_all(options.task, mirror, options.out)
         for line in import_completions(options.completions, options.saved):
             print(line, flush=True)
-    except (UserError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\nerror: interrupted: run the same command again to go on")
     return 0
 
 

@@ -6,10 +6,12 @@ student; without them it stays at chance.
 
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import tasks
-from storage import AnyPath, write_errors
+from distributed import Ranks, on_rank0
+from storage import AnyPath, file_lock, write_errors
 from tasks import NAMES
 
 SIDES = ("tails", "heads")
@@ -64,16 +66,18 @@ def toy_teacher(
     n: int = 1,
     stop: list[str] | None = None,
     seed: int = 0,
+    first: int = 0,
 ) -> list[list[dict[str, Any]]]:
     """Complete each prompt n times, the same way for the same seed; the signature of `complete`.
 
-    Above temperature 0 the rationales of a question vary in wording (diverse reasoning).
+    Above temperature 0 the rationales of a question vary in wording (diverse reasoning).  first:
+    the number of the first of the n, where others of the same prompts are there already.
     """
     completions = []
     for prompt in prompts:
         seeds = [f"{seed}"] * n
         if temperature:
-            seeds = [f"{seed} {k}" for k in range(n)]
+            seeds = [f"{seed} {k}" for k in range(first, first + n)]
         texts = [answer_prompt(prompt, s, temperature > 0) for s in seeds]
         completions.append([{"completion": text, "finish_reason": "stop"} for text in texts])
     return completions
@@ -87,7 +91,7 @@ def toy_vocabulary() -> dict[str, int]:
 
 
 def make_toy_student(folder: AnyPath, seed: int) -> None:
-    """Save a 2-layer, 128-wide GPT-2 with random weights and a word-level tokenizer of the task."""
+    """Save a 2-layer, 64-wide GPT-2 with random weights and a word-level tokenizer of the task."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -98,11 +102,22 @@ def make_toy_student(folder: AnyPath, seed: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 128, "n_positions": 128}
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 128}
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     tokens = {"vocab_size": len(fast), "bos_token_id": 0, "eos_token_id": 0}
-    scale = 0.08  # 1/sqrt(128): at GPT-2's 0.02 it learns at half the speed
+    scale = 0.11  # near 1/sqrt(64): at GPT-2's 0.02 it learns at half the speed
     config = GPT2Config(initializer_range=scale, **sizes, **no_dropout, **tokens)
     with write_errors(folder):
         GPT2LMHeadModel(config).save_pretrained(folder)
         fast.save_pretrained(folder)
+
+
+def untrained_student(saved: AnyPath, seed: int, ranks: Ranks) -> str:
+    """Return the folder of the toy student of a seed; rank 0 makes it where it is not there."""
+    folder = Path(saved) / "models" / "B_toy_student" / f"untrained_s{seed}"
+    with file_lock(folder, ranks.is_rank0, timeout=60):
+        last_file = folder / "tokenizer_config.json"
+        if ranks.is_rank0 and not last_file.exists():
+            make_toy_student(folder, seed)
+    on_rank0(ranks, lambda: None)  # the other ranks wait here
+    return str(folder)

@@ -1,8 +1,9 @@
 """The slow lanes of the OpenAI API: batches (half the price, within a day) and fine-tuning jobs.
 
 Batches work on the journal of teacher.py: submit what it lacks, fetch what is ready, submit what is
-missing then (step 2 of zs_cot, and what failed or expired).  What could be paid for twice is noted
-before it is asked for, in D_<task>.batches.jsonl:
+missing then (step 2 of zs_cot, and what failed or expired).  What is under way counts as asked and
+as spent: asking now waits for fetch or cancel.  What could be paid for twice is noted before it is
+asked for, in D_<task>.batches.jsonl:
 
     run         a name for the batches of this file
     intent N    the requests of shard N, before its batch is created
@@ -20,20 +21,15 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import replies
+import steps
 import storage
 import teacher
-from api import (
-    ApiConfig,
-    ApiSession,
-    InvalidReplyError,
-    RequestError,
-    RunStopped,
-    call_with_retries,
-    error_text,
-)
+from api import ApiConfig, ApiSession, RequestError, RunStopped, call_with_retries
 from completions import SamplingConfig
+from replies import InvalidReplyError
+from steps import Request, Samples
 from storage import UserError
-from teacher import Request, Samples
 
 MAX_SHARD_REQUESTS = 50_000  # of one batch; the API's limits are these and 200 MB
 MAX_SHARD_BYTES = 190_000_000
@@ -68,7 +64,7 @@ def run_batch_command(
     api: ApiConfig,
     rules: str,
 ) -> Path:
-    """Do one step of --batch: submit, status or fetch, which writes the completion file at last.
+    """Do one step of --batch: submit, status, cancel, or fetch, which writes the completion file.
 
     Raises UserError where a step fails: what was submitted or fetched before is written down.
     """
@@ -103,6 +99,9 @@ async def run_step(
         if command == "submit":
             await submit(batches, samples)
             return []
+        if command == "cancel":
+            await cancel(batches)
+            return []
         return await poll_batches(batches, fetch=command == "fetch")
     except RunStopped:
         return []
@@ -110,6 +109,23 @@ async def run_step(
         return [f"{e}: nothing is lost, start the same command again"]
     finally:
         notes.close()
+
+
+def refuse_open_batches(path: Path) -> None:
+    """Raise UserError where batches of a completion file are under way.
+
+    Asking for the same now would buy it twice.
+    """
+    notes = storage.Journal(path.with_suffix(".batches.jsonl"))
+    notes.close()
+    shards = open_shards(notes)
+    if shards:
+        requests = sum(len(shard.intent["requests"]) for shard in shards)
+        names = ", ".join(shard.batch_id or f"shard {shard.number}" for shard in shards[:3])
+        raise UserError(
+            f"{requests} requests are under way in {len(shards)} batches ({names}) and would be "
+            "paid for twice: --batch fetch brings their answers, --batch cancel gives them up"
+        )
 
 
 def open_shards(notes: storage.Journal) -> list[Shard]:
@@ -177,8 +193,8 @@ async def submit(batches: Batches, samples: Samples) -> None:
         waiting |= {request["key"] for request in shard.intent["requests"]}
     requests = []
     rows = batches.session.journal.rows
-    for unit in teacher.list_units(batches.plan, samples):
-        missing = teacher.next_requests(batches.plan, rows, *unit)
+    for unit in steps.list_units(batches.plan, samples):
+        missing = steps.next_requests(batches.plan, rows, *unit)
         requests += [request for request in missing if request.key not in waiting]
     for shard_requests, content in split_into_shards(requests, batches.plan.api):
         await submit_shard(batches, shard_requests, content)
@@ -195,7 +211,7 @@ def split_into_shards(
     shard: list[Request] = []
     content = bytearray()
     for request in requests:
-        url = "/v1" + teacher.ENDPOINTS[api]
+        url = "/v1" + steps.ENDPOINTS[api]
         row = {"custom_id": request.key, "method": "POST", "url": url, "body": request.body}
         line = json.dumps(row).encode() + b"\n"
         is_full = len(shard) >= MAX_SHARD_REQUESTS or len(content) + len(line) > MAX_SHARD_BYTES
@@ -216,11 +232,12 @@ async def submit_shard(batches: Batches, requests: list[Request], content: bytes
     """
     session, plan, notes = batches
     number = count_intents(notes)
-    cost = 0.0
-    for request in requests:
-        cost += session.api.dollars(*teacher.token_upper_bound(request.body))
+    bounds = [steps.token_upper_bound(request.body) for request in requests]
+    tokens = [sum(column) for column in zip(*bounds, strict=True)]
+    cost = session.api.dollars(*tokens)
     check_budget(batches, len(requests), cost)
     intent = {"key": f"intent {number}", "time": int(time.time()), "api": plan.api, "cost": cost}
+    intent["tokens"] = tokens  # at most, prompt's and completion's: prices may come later
     intent["requests"] = [
         {"key": r.key, "sample_index": r.sample_index, "step": r.step, "keys": r.keys}
         for r in requests
@@ -234,7 +251,7 @@ async def submit_shard(batches: Batches, requests: list[Request], content: bytes
             return found
         batch = await session.client.batches.create(
             input_file_id=file_id,
-            endpoint="/v1" + teacher.ENDPOINTS[plan.api],
+            endpoint="/v1" + steps.ENDPOINTS[plan.api],
             completion_window="24h",
             metadata={"run": notes.rows["run"]["id"], "shard": str(number)},
         )
@@ -254,7 +271,7 @@ def check_budget(batches: Batches, count: int, cost: float) -> None:
     """Stop the session where --max_cost has no room for a batch.  Raises RunStopped then."""
     session = batches.session
     limit = session.api.max_cost
-    under_way = sum(shard.intent["cost"] for shard in open_shards(batches.notes))
+    under_way = sum(cost_at_most(session, shard) for shard in open_shards(batches.notes))
     if limit is not None and session.spent + under_way + cost > limit:
         known = f"${session.spent:.4f} are spent, ${under_way:.4f} may be under way"
         session.stop(
@@ -263,7 +280,49 @@ def check_budget(batches: Batches, count: int, cost: float) -> None:
         raise RunStopped
 
 
-# ---------------- Status and fetch
+def cost_at_most(session: ApiSession, shard: Shard) -> float:
+    """Return what a shard may cost in dollars, by today's prices where its tokens are noted."""
+    if "tokens" in shard.intent and session.api.price_in is not None:
+        return session.api.dollars(*shard.intent["tokens"])
+    return shard.intent["cost"]
+
+
+# ---------------- Status, cancel and fetch
+
+
+async def retrieve(batches: Batches, shard: Shard) -> Any:
+    """Return a batch as the server has it; None where it does not know it any more."""
+    import openai
+
+    async def send() -> Any:
+        """Ask once."""
+        try:
+            return await batches.session.client.batches.retrieve(shard.batch_id)
+        except openai.NotFoundError:
+            return None
+
+    return await call(batches.session, send)
+
+
+async def cancel(batches: Batches) -> None:
+    """Cancel the batches under way; what they answered until then is still to be fetched.
+
+    One that the server does not know any more is given up for good.
+    """
+    shards = open_shards(batches.notes)
+    for shard in shards:
+        batch = await retrieve(batches, shard)
+        if batch is None:
+            note = {"key": f"void {shard.number}", "why": "the server does not know it any more"}
+            batches.notes.append([note])
+            print(f"batch {shard.batch_id}: {note['why']}, so it is given up")
+            continue
+        if batch.status not in (*FINAL_STATUSES, "cancelling"):
+            send = functools.partial(batches.session.client.batches.cancel, shard.batch_id)
+            batch = await call(batches.session, send)
+        print(f"batch {batch.id}: {batch.status}; --batch fetch brings what it answered")
+    if not shards:
+        print("batch: none is under way")
 
 
 async def poll_batches(batches: Batches, fetch: bool) -> list[str]:
@@ -274,8 +333,11 @@ async def poll_batches(batches: Batches, fetch: bool) -> list[str]:
     problems = []
     shards = open_shards(batches.notes)
     for shard in shards:
-        send = functools.partial(batches.session.client.batches.retrieve, shard.batch_id)
-        batch = await call(batches.session, send)
+        batch = await retrieve(batches, shard)
+        if batch is None:
+            remedy = "--batch cancel gives it up, so that its requests can be asked again"
+            problems.append(f"the server knows no batch {shard.batch_id} any more: {remedy}")
+            continue
         text = f"batch {batch.id}: {batch.status}"
         counts = batch.request_counts
         if counts:
@@ -284,7 +346,8 @@ async def poll_batches(batches: Batches, fetch: bool) -> list[str]:
         if fetch and batch.status in FINAL_STATUSES:
             ingest_results(batches, shard, batch, await download_results(batches, batch))
             if batch.status == "failed":
-                said = [error_text(e.message) for e in getattr(batch.errors, "data", None) or ()]
+                words = batches.session.words
+                said = [words(e.message) for e in getattr(batch.errors, "data", None) or ()]
                 reason = "; ".join(said) or "the server does not say why"
                 problems.append(f"batch {batch.id} failed: {reason}")
     if not shards:
@@ -322,12 +385,13 @@ async def download(batches: Batches, file_id: str, expected: int) -> list[Any]:
             lines = text.split("\n")  # and nowhere else: U+2028 may stand inside a string
             values = [json.loads(line) for line in lines if line.strip()]
         except openai.NotFoundError as e:
-            raise InvalidReplyError(error_text(e)) from None
+            raise InvalidReplyError(f"the file {file_id} is not there", str(e)) from None
         except (ValueError, RecursionError):
             raise InvalidReplyError(f"the file {file_id} is not complete") from None
         if len(values) < expected and text != previous:
             previous = text
-            raise InvalidReplyError(f"the file {file_id} lacks lines: {len(values)} of {expected}")
+            found = f"{len(values)} of {expected}"
+            raise InvalidReplyError(f"the file {file_id} lacks lines", found)
         return values
 
     return await call(batches.session, send, TRANSFER_TIMEOUT)
@@ -356,7 +420,8 @@ def ingest_results(batches: Batches, shard: Shard, batch: Any, lines: list[Any])
         try:
             rows += read_result(line, shard.intent["api"], request)
         except InvalidReplyError as e:
-            errors.append(error_text(e))
+            errors.append(batches.session.words(e))
+            batches.session.bill(e, 0.0)  # a request that fails in a batch is not billed
             teacher.add_failure(batches.session, request, errors[-1])
     batches.session.journal.append(rows)
     answers = len(seen) - len(errors)
@@ -375,8 +440,10 @@ def read_result(line: dict[str, Any], api: str, request: Request) -> list[teache
     response = line.get("response") or {}
     if response.get("status_code") != 200:
         error = line.get("error") or response.get("body") or response
-        raise InvalidReplyError(json.dumps(error))
-    rows = teacher.read_reply(response.get("body"), api, request)
+        words = replies.server_words(error) or json.dumps(error)
+        raise InvalidReplyError("a request that failed", words)
+    reply = replies.read_reply(response.get("body"), api, len(request.keys))
+    rows = teacher.journal_rows(reply, request)
     rows[0] |= {"attempts": 1, "unanswered": 0}
     return rows
 
@@ -435,7 +502,7 @@ async def finish_job(
         if "job" not in note:
             send = functools.partial(find_or_create_job, session, base_model, note["file"])
             keep(job=(await call(session, send)).id)
-        job = await wait_for_job(session, note, keep)
+        job = await wait_for_job(session, note, keep, note_path)
     except RequestError as e:
         raise UserError(f"no fine-tuning job for {base_model}: {e}") from None
     except RunStopped:
@@ -446,7 +513,7 @@ async def finish_job(
         return
     note.pop("job")  # the next start makes another
     keep()
-    reason = error_text(getattr(job.error, "message", "no reason given"))
+    reason = session.words(getattr(job.error, "message", "no reason given"))
     raise UserError(f"the fine-tuning job {job.id} {job.status}: {reason}")
 
 
@@ -460,9 +527,20 @@ async def find_or_create_job(session: ApiSession, base_model: str, file_id: str)
     return await jobs.create(model=base_model, training_file=file_id, method=method)
 
 
-async def wait_for_job(session: ApiSession, note: dict[str, Any], keep: Callable[..., None]) -> Any:
-    """Return the job of a note when it has ended."""
-    send = functools.partial(session.client.fine_tuning.jobs.retrieve, note["job"])
+async def wait_for_job(
+    session: ApiSession, note: dict[str, Any], keep: Callable[..., None], note_path: Path
+) -> Any:
+    """Return the job of a note when it has ended.  Raises UserError where the server lost it."""
+    import openai
+
+    async def send() -> Any:
+        """Look once."""
+        try:
+            return await session.client.fine_tuning.jobs.retrieve(note["job"])
+        except openai.NotFoundError:
+            what = f"the server knows no fine-tuning job {note['job']} any more"
+            raise UserError(f"{what}: delete {note_path} to have the student made again") from None
+
     while (job := await call(session, send)).status not in FINAL_JOB_STATUSES:
         if job.status != note.get("status"):
             keep(status=job.status)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,27 +25,66 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import decoding
-from decoding import Finished, Row, Sampling, State
-from extras.cpu_linears import prepacked_linears
+from decoding import Finished, Rehearsal, Row, Sampling, State
+from distributed import print_on_rank0
+from extras.cpu_linears import layers_that_run, prepacked_linears
+from storage import is_out_of_memory
 
 # ---------------- The loop
 
 
 def decode(
-    model: Model, tokenizer: Tokenizer, rows: list[Row], sampling: Sampling, batch_size: int | None
+    model: Model,
+    tokenizer: Tokenizer,
+    rows: list[Row],
+    sampling: Sampling,
+    batch_size: int | None,
+    rehearsal: Rehearsal,
 ) -> Iterator[Finished]:
-    """Yield each row as it ends; of short prompts up to twice batch_size are decoded at once."""
-    if not rows:
-        return
-    with prepacked_linears(model), paged_attention(model):
-        _, probe = decoding.prefill(model, [rows[0].ids[:1]])
-        if not supports_paged_cache(model, probe):
+    """Yield each row as it ends; of short prompts up to twice batch_size are decoded at once.
+
+    What gives this model other logits than the plain loop is left out: pages, or prepacking too.
+    """
+    layers = layers_that_run(model, lambda: decoding.prefill(model, [rows[0].ids[:1]]))
+    with prepacked_linears(model, layers):
+        with paged_attention(model):
+            _, probe = decoding.prefill(model, [rows[0].ids[:1]])
+            if supports_paged_cache(model, probe, rehearsal):
+                budget = cache_token_budget(model, probe, rows, batch_size)
+                cache = PagedCache(probe["past_key_values"], budget)
+                max_rows = 2 * (batch_size or decoding.CPU_ROWS)
+                yield from decode_paged(model, tokenizer, rows, sampling, max_rows, budget, cache)
+                return
+        if agrees(rehearsal, lambda: decoding.rehearsed_logits(model, *rehearsal[:2])):
             yield from decoding.decode(model, tokenizer, rows, sampling, batch_size)
             return
-        budget = cache_token_budget(model, probe, rows, batch_size)
-        cache = PagedCache(probe["past_key_values"], budget)
-        max_rows = 2 * (batch_size or decoding.CPU_ROWS)
-        yield from decode_paged(model, tokenizer, rows, sampling, max_rows, budget, cache)
+    kind = model.config.model_type
+    print_on_rank0(
+        f"prepacked weights give models of type {kind} other logits, so the plain path decodes"
+    )
+    yield from decoding.decode(model, tokenizer, rows, sampling, batch_size)
+
+
+def agrees(rehearsal: Rehearsal, compute_logits: Callable[[], Tensor]) -> bool:
+    """Tell whether a path gives the logits of the plain loop."""
+    try:
+        return rehearsal.agrees_with(compute_logits())
+    except decoding.MODEL_ERRORS as e:
+        if is_out_of_memory(e):
+            raise
+        return False
+
+
+def paged_logits(model: Model, rehearsal: Rehearsal) -> Tensor:
+    """Return the logits of the rehearsal's tokens, with a cache in pages."""
+    logits, read = decoding.prefill(model, rehearsal.prompts)
+    _, probe = decoding.prefill(model, [rehearsal.prompts[0][:1]])
+    cache = PagedCache(probe["past_key_values"], planned_tokens=2 * PAGE)
+    cache.append_rows(read, list(range(len(logits))))
+    steps = [logits]
+    for tokens in rehearsal.tokens[:, :-1].t():
+        steps.append(decode_step(model, tokens, cache))
+    return torch.stack(steps, 1)
 
 
 def decode_paged(
@@ -417,7 +456,7 @@ def layer_groups(cache: Cache) -> list[tuple[bool, list]]:
     return [(True, cache.layers)]
 
 
-def supports_paged_cache(model: Model, probe: State) -> bool:
+def supports_paged_cache(model: Model, probe: State, rehearsal: Rehearsal) -> bool:
     """Return whether the cache may be paged and rows may enter late.  probe: after a prefill.
 
     Not where a layer does not keep the keys and values of all tokens (sliding windows, linear
@@ -428,13 +467,21 @@ def supports_paged_cache(model: Model, probe: State) -> bool:
         model.config, "relative_attention_num_buckets"
     ):
         return False
-    layers = [layer for _, layers in layer_groups(probe["past_key_values"]) for layer in layers]
-    return all(
-        type(layer) is DynamicLayer
-        and hasattr(layer.keys, "is_attended")
-        and layer.keys.shape == layer.values.shape
-        for layer in layers
+    if "past_key_values" not in probe:
+        return False
+    for _, layers in layer_groups(probe["past_key_values"]):
+        for layer in layers:
+            if type(layer) is not DynamicLayer or not hasattr(layer.keys, "is_attended"):
+                return False
+            if layer.keys.shape != layer.values.shape:
+                return False
+    if agrees(rehearsal, lambda: paged_logits(model, rehearsal)):
+        return True
+    kind = model.config.model_type
+    print_on_rank0(
+        f"pages give models of type {kind} other logits, so their cache is Hugging Face's"
     )
+    return False
 
 
 def paged_attend(

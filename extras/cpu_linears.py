@@ -12,8 +12,9 @@ import ctypes
 import functools
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,12 @@ from transformers.pytorch_utils import Conv1D
 
 
 @contextlib.contextmanager
-def prepacked_linears(model: Model) -> Iterator[None]:
+def prepacked_linears(model: Model, layers: list[torch.nn.Module]) -> Iterator[None]:
     """Within this, linear layers multiply by weights laid out once in oneDNN's own layout.
 
     Otherwise they are laid out anew at every token.  The plain layout of a weight that nothing else
-    uses is freed meanwhile.
+    uses is freed meanwhile.  layers: of layers_that_run.
     """
-    layers = packable_layers(model)
     modules = list(model.modules())
     users = collections.Counter(id(p) for m in modules for p in m.parameters(recurse=False))
     freed = {id(layer.weight) for layer in layers if users[id(layer.weight)] == 1}
@@ -51,6 +51,24 @@ def prepacked_linears(model: Model) -> Iterator[None]:
                 if not layer.weight.numel():
                     layer.weight.data = packed.to_dense()
                     layer.weight.data = out_by_in(layer).contiguous()
+
+
+def layers_that_run(model: Model, run: Callable[[], Any]) -> list[torch.nn.Module]:
+    """Return the packable layers whose forward is called by run.
+
+    Of others a model reads the weight itself: of Mamba's dt_proj, of routers.
+    """
+    ran = set()
+    handles = []
+    layers = packable_layers(model)
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(lambda layer, _: ran.add(layer)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [layer for layer in layers if layer in ran]
 
 
 def packable_layers(model: Model) -> list[torch.nn.Module]:

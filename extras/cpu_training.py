@@ -27,8 +27,9 @@ def cpu_training_patches(setup: TrainSetup) -> Iterator[None]:
 
     Sharded and compiled students keep theirs.
     """
-    keep_freed_memory()
     model = setup.state.model
+    if not model.config.is_encoder_decoder:  # T5 gains nothing (LOG.md)
+        keep_freed_memory()
     config = setup.config
     with contextlib.ExitStack() as stack:
         if config.shard == "no" and not config.compile:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import steps
 import teacher
 from api import ApiConfig
 from completions import SamplingConfig, format_prompt
 from storage import UserError
 
-Job = tuple[SamplingConfig, teacher.Samples, Path]  # what is asked, and where it goes
+Job = tuple[SamplingConfig, steps.Samples, Path]  # what is asked, and where it goes
 
 
 class Estimate(NamedTuple):
@@ -62,7 +63,7 @@ def count_characters(texts: list[str]) -> int:
 
 def estimate(
     plan: SamplingConfig,
-    samples: teacher.Samples,
+    samples: steps.Samples,
     path: Path,
     count_tokens: Callable[[list[str]], int],
 ) -> Estimate:
@@ -77,8 +78,8 @@ def estimate(
     prompts = []
     completions = 0
     answers = 0
-    for sample, ks in teacher.list_units(plan, samples):
-        for request in teacher.next_requests(plan, rows, sample, ks):
+    for sample, ks in steps.list_units(plan, samples):
+        for request in steps.next_requests(plan, rows, sample, ks):
             prompt = format_prompt(plan, sample)
             if request.step == 1:
                 prompts.append(prompt)

@@ -23,7 +23,7 @@ Row = dict[str, Any]  # a completion
 class FilterConfig(NamedTuple):
     """Which rationales a student learns from; the defaults are the paper's."""
 
-    filter: str = "right"  # of right, wrong, all; random: as many as are right, of all
+    filter: str = "right"  # right, wrong, all; random: as many of all as are right
     max_rationale_words: int = 0  # 0: no limit
     max_per_question: int = 0  # 0: no limit
     max_similarity: float = 1.0  # share of word trigrams that two of a question may have in common
@@ -33,6 +33,9 @@ class FilterConfig(NamedTuple):
 
 
 # ---------------- Which rationales: the right ones, or, for studies, others
+
+
+GradedRows = list[tuple[Row, tasks.Verdict]]
 
 
 def with_own_answer(row: Row, verdict: tasks.Verdict) -> Row:
@@ -48,27 +51,53 @@ def with_own_answer(row: Row, verdict: tasks.Verdict) -> Row:
     return row | {"answer": str(answer)}
 
 
-def select_rationales(config: FilterConfig, graded: list[tuple[Row, tasks.Verdict]]) -> list[Row]:
-    """Return the rows that config.filter names.
+def choose_rationales(config: FilterConfig, graded: GradedRows) -> list[Row]:
+    """Return the rows to learn from: what config.filter names, less what the other flags drop.
 
     Wrong ones keep their teacher's answer; one without a readable answer cannot be a sample.
+    random: as many as are right, drawn among all; both are counted after the other flags, so that
+    a student of it sees as many rationales as one of the right ones.
     """
-    right = [row for row, verdict in graded if verdict.correct]
+    right = []
+    wrong = []
+    readable = []  # both, in the order of the file
+    for row, verdict in graded:
+        if verdict.prediction in (None, ""):
+            continue
+        own = with_own_answer(row, verdict)
+        readable.append(own)
+        if verdict.correct:
+            right.append(own)
+        else:
+            wrong.append(own)
     if config.filter == "right":
-        return right
-    readable = [pair for pair in graded if pair[1].prediction not in (None, "")]
-    wrong = [pair for pair in readable if not pair[1].correct]
+        return apply_filters(config, right)
+    total = len(graded)
+    unread = total - len(readable)
     print(
-        f"curate: --filter {config.filter}: {len(right)} of {len(graded)} rationales are right, "
-        f"{len(wrong)} wrong, {len(graded) - len(readable)} have no readable answer"
+        f"curate: --filter {config.filter}: {len(right)} of {total} rationales are right, "
+        f"{len(wrong)} wrong, {unread} have no readable answer"
     )
-    selected = readable
     if config.filter == "wrong":
-        selected = wrong
-    elif config.filter == "random":
-        drawn = random.Random(config.seed).sample(range(len(readable)), len(right))
-        selected = [readable[i] for i in sorted(drawn)]
-    return [with_own_answer(*pair) for pair in selected]
+        return apply_filters(config, wrong)
+    rows = apply_filters(config, readable)
+    if config.filter == "random":
+        wanted = len(split_by_filters(config, right).kept)
+        return draw_rows(rows, wanted, config.seed)
+    return rows
+
+
+def draw_rows(rows: list[Row], wanted: int, seed: int) -> list[Row]:
+    """Draw as many rows as wanted, in their order; all where there are fewer, and say so."""
+    n = len(rows)
+    if n < wanted:
+        print(f"curate: --filter random: {n} are left, fewer than the {wanted} right ones")
+        return rows
+    rng = random.Random(seed)
+    drawn = rng.sample(range(n), wanted)
+    drawn.sort()
+    print(f"curate: --filter random: drew {wanted} of {n}, as many as are right")
+    return [rows[i] for i in drawn]
 
 
 # ---------------- Which of those to drop
@@ -77,41 +106,59 @@ def select_rationales(config: FilterConfig, graded: list[tuple[Row, tasks.Verdic
 def word_trigrams(text: str) -> set:
     """'a b c d' -> {('a', 'b', 'c'), ('b', 'c', 'd')}; of fewer than three words the words."""
     words = text.lower().split()
-    return {*zip(words, words[1:], words[2:], strict=False)} or {*words}
+    trigrams = zip(words, words[1:], words[2:], strict=False)
+    return set(trigrams) or set(words)
 
 
 def similarity(a: str, b: str) -> float:
     """Return the share of all word trigrams of two texts that both have (Jaccard)."""
     trigrams_a = word_trigrams(a)
     trigrams_b = word_trigrams(b)
-    return len(trigrams_a & trigrams_b) / max(1, len(trigrams_a | trigrams_b))
+    shared = trigrams_a & trigrams_b
+    union = trigrams_a | trigrams_b
+    return len(shared) / max(1, len(union))
 
 
 def is_unfinished(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
     """Tell whether the teacher's token limit cut the rationale off."""
-    reason = row.get("reasoning_finish_reason") or row.get("finish_reason")
-    return config.drop_unfinished and reason == "length"
+    reason = row.get("reasoning_finish_reason")
+    if not reason:
+        reason = row.get("finish_reason")
+    is_cut = reason == "length"
+    return config.drop_unfinished and is_cut
 
 
 def is_too_long(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
     """Tell whether the rationale has more than --max_rationale_words."""
-    return 0 < config.max_rationale_words < len(text.split())
+    limit = config.max_rationale_words
+    words = text.split()
+    return 0 < limit < len(words)
 
 
 def is_duplicate(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
     """Tell whether the question has the same rationale already."""
-    return config.drop_duplicates and text in kept
+    if not config.drop_duplicates:
+        return False
+    return text in kept
 
 
 def is_similar(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
     """Tell whether the rationale is too similar to an earlier one of its question."""
     limit = config.max_similarity
-    return limit < 1 and any(similarity(text, other) > limit for other in kept)
+    if limit == 1:
+        return False
+    for other in kept:
+        if similarity(text, other) > limit:
+            return True
+    return False
 
 
 def is_surplus(config: FilterConfig, row: Row, text: str, kept: list[str]) -> bool:
     """Tell whether the question has --max_per_question rationales already."""
-    return 0 < config.max_per_question <= len(kept)
+    limit = config.max_per_question
+    if limit == 0:
+        return False
+    return len(kept) >= limit
 
 
 Filter = Callable[[FilterConfig, Row, str, list[str]], bool]  # kept: texts of the question so far
@@ -124,32 +171,52 @@ FILTERS: dict[str, Filter] = {  # reason to drop a rationale, in the order of as
 }
 
 
-def apply_filters(config: FilterConfig, rows: list[Row]) -> list[Row]:
-    """Return the rows for which no filter gives a reason; print how many each dropped.
+class Filtered(NamedTuple):
+    """What filters made of some rationales."""
 
-    Raises UserError where none is left.
-    """
-    kept_rows = []
+    kept: list[Row]
+    dropped: Counter[str]  # by the reason
+
+
+def split_by_filters(config: FilterConfig, rows: list[Row]) -> Filtered:
+    """Drop the rows for which a filter gives a reason, the first that does."""
+    result = Filtered([], Counter())
     kept_texts = defaultdict(list)  # {sample_index: texts}
-    dropped = Counter()
     for row in rows:
         text = tasks.rationale_of(row).strip()
         kept = kept_texts[row["sample_index"]]
-        reasons = (reason for reason, drops in FILTERS.items() if drops(config, row, text, kept))
-        reason = next(reasons, None)
+        reason = first_reason(config, row, text, kept)
         if reason:
-            dropped[reason] += 1
+            result.dropped[reason] += 1
         else:
             kept.append(text)
-            kept_rows.append(row)
+            result.kept.append(row)
+    return result
+
+
+def first_reason(config: FilterConfig, row: Row, text: str, kept: list[str]) -> str | None:
+    """Return why a rationale is dropped; None: it is kept."""
+    for reason, drops in FILTERS.items():
+        if drops(config, row, text, kept):
+            return reason
+    return None
+
+
+def apply_filters(config: FilterConfig, rows: list[Row]) -> list[Row]:
+    """Return the rows that no filter drops; print how many each dropped.
+
+    Raises UserError where none is left.
+    """
+    n = len(rows)
+    kept, dropped = split_by_filters(config, rows)
+    counts = []
     for reason, count in dropped.items():
-        print(f"curate: dropped {count} of {len(rows)} rationales: {reason}")
-    if rows and not kept_rows:
-        counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UserError(
-            f"none of {len(rows)} rationales is left ({counts}): loosen the flags of curation"
-        )
-    return kept_rows
+        print(f"curate: dropped {count} of {n} rationales: {reason}")
+        counts.append(f"{count} {reason}")
+    if rows and not kept:
+        why = ", ".join(counts)
+        raise UserError(f"none of {n} rationales is left ({why}): loosen the flags of curation")
+    return kept
 
 
 # ---------------- To be read
@@ -157,12 +224,15 @@ def apply_filters(config: FilterConfig, rows: list[Row]) -> list[Row]:
 
 def show_samples(path: Path, count: int) -> None:
     """Print `count` samples of a fine-tuning file, evenly spaced, as the student reads them."""
+    samples = []
     if path.suffix == ".jsonl":
-        samples = [json.dumps(row, indent=2) for row in storage.read_jsonl(path)]
+        for row in storage.read_jsonl(path):
+            samples.append(json.dumps(row, indent=2))
     else:
         columns = storage.read_finetune_data(path).values()
-        text = "sample {}\n  input: {!r}\n  label: {!r}"
-        samples = [text.format(*sample) for sample in zip(*columns, strict=True)]
+        for index, prompt, label in zip(*columns, strict=True):
+            samples.append(f"sample {index}\n  input: {prompt!r}\n  label: {label!r}")
     count = min(count, len(samples))
     for i in range(count):
-        print(f"\n{samples[i * len(samples) // count]}")
+        place = i * len(samples) // count
+        print(f"\n{samples[place]}")

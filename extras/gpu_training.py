@@ -16,7 +16,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from batches import PackedLengths
-from train_loop import TrainSetup, lengths_of_layer
+from packing import lengths_of_layer
+from train_loop import TrainSetup
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def padded_attention(
     packed_lengths: PackedLengths,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As train_loop.packed_attention, in one call on samples padded on the right."""
+    """As packing.packed_attention, in one call on samples padded on the right."""
     query_lengths, key_lengths = lengths_of_layer(module, packed_lengths)
     queries = padded_places(tuple(query_lengths), query.device)
     keys = padded_places(tuple(key_lengths), query.device)

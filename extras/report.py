@@ -1,400 +1,169 @@
-"""Tables beside the paper's values, majority votes, paired comparisons, single completions.
+"""Tables beside the paper's values.
 
-python evaluate.py table [--format markdown]     # methods x tasks, from everything in saved/
-python evaluate.py show FILE                     # wrong, right and unreadable completions
-python evaluate.py diff FILE FILE                # where two runs differ, and McNemar's test
+    python evaluate.py table [--format markdown]     # methods x tasks, from everything in saved/
+    python evaluate.py table --task svamp --method ft ft_cot --format csv
+
+A row is a run (extras/runs.py), or the mean over runs that differ in nothing but the seed, in
+whose place it stands; --each shows these too.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
-import math
-import operator
 import re
 import statistics
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import evaluate
 import tasks
-from completions import read_completions
-from extras import paper
-from storage import UserError
+from arguments import one_of
+from extras import paper, runs
+from extras.compare import RULES_FLAG
+from extras.labels import row_labels, run_name
+from extras.runs import EVERYTHING, RunKey, ScoredFile, Wanted, saved_files, scored_runs
+from storage import UserError, default_folder
 
-# ---------------- Several answers to a question: majority vote (self-consistency) and pass@k
-
-Record = dict[str, Any]  # a JSON object
-Graded = list[tuple]  # what evaluate.grade_rows gives: (row, outcome, {rules: Verdict})
-Answers = list[tuple[object, bool]]  # of one question: (prediction, is right)
-
-
-def majority(answers: Answers) -> bool:
-    """Tell whether the most frequent answer is right.
-
-    Unreadable answers have no vote; of equally frequent ones the first wins:
-    [("7", True), ("8", False)] -> True.
-    """
-    cast = [answer for answer in answers if answer[0] not in (None, "")]
-    if not cast:
-        return False
-    [(winner, _)] = Counter(prediction for prediction, _ in cast).most_common(1)
-    return dict(cast)[winner]
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Return the probability that k of n answers, drawn without replacement, hold a right one.
-
-    1 - C(n - correct, k) / C(n, k), the unbiased estimate of Chen et al. (2021).
-    """
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def answers_by_question(graded: Graded, rules: str) -> dict[int, Answers]:
-    """Return the answers to each sample_index, in order of completion."""
-    questions = defaultdict(list)
-    for row, outcome, verdicts in graded:
-        answer = (verdicts[rules].prediction, outcome == "right")
-        questions[row["sample_index"]].append(answer)
-    return dict(questions)
-
-
-def mean_pass_at_k(questions: list[Answers], k: int) -> float:
-    """Return pass@k over questions, in %."""
-    total = 0.0
-    for answers in questions:
-        correct = sum(is_right for _, is_right in answers)
-        total += pass_at_k(len(answers), correct, k)
-    return round(100 * (total / len(questions)), 2)
-
-
-def votes(graded: Graded, rules: str) -> Record | None:
-    """Count majority and pass@k of graded completions; None where a question has one answer.
-
-    k: answers that every question has at least; maj: % of the questions whose majority is right,
-    maj_low and maj_high: its 95% interval; pass: {size: % of draws of so many with a right one}.
-    """
-    questions = list(answers_by_question(graded, rules).values())
-    n = len(questions)
-    k = min(map(len, questions))
-    if k < 2:
-        return None
-    agreed = sum(majority(answers[:k]) for answers in questions)
-    low, high = evaluate.wilson_interval(agreed, n)
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < k]
-    return {
-        "k": k,
-        "questions": n,
-        "maj": round(100 * agreed / n, 2),
-        "maj_low": round(low, 2),
-        "maj_high": round(high, 2),
-        "pass": {size: mean_pass_at_k(questions, size) for size in [*sizes, k]},
-    }
-
-
-def score_with_votes(
-    path: Path, part: str, split: str, data_dir: str, rules: str, allow_partial: bool
-) -> evaluate.Score:
-    """Return evaluate.score of a file, with "votes" where every question has several answers."""
-    file = read_completions(path)
-    score, graded = evaluate.score_rows(path, *file, part, split, data_dir, rules, allow_partial)
-    counted = votes(graded, rules)
-    if counted is None:
-        return score
-    return score | {"votes": counted}
-
-
-def describe_votes(score: evaluate.Score, data_dir: str = "data") -> str:
-    """Write the votes of a score as one line; count them first where it has none."""
-    if "votes" not in score:
-        file, part, split, rules = (score[name] for name in ("file", "part", "split", "rules"))
-        score = score_with_votes(file, part, split, data_dir, rules, allow_partial=False)
-    counted = score["votes"]
-    passed = ", ".join(f"pass@{k} {share:.2f}%" for k, share in counted["pass"].items())
-    text = "maj@{k} {maj:.2f}% [{maj_low:.1f}, {maj_high:.1f}] of {questions} questions; "
-    return text.format(**counted) + passed
-
-
-# ---------------- Two runs on the same questions
-
-
-def mcnemar(first: int, second: int) -> float:
-    """Return p of the exact McNemar test (two-sided binomial test with 1/2).
-
-    first, second: questions on which one of the two runs alone is right.  p is the probability of
-    a split at least as uneven where both runs are equally good: mcnemar(1, 5) == 14 / 64.
-    """
-    n = first + second
-    tail = sum(math.comb(n, i) for i in range(min(first, second) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-PLACE = operator.itemgetter("sample_index", "completion_index")
-
-
-def pair_completions(first: Graded, second: Graded) -> list[tuple[tuple, tuple]]:
-    """Pair graded completions by PLACE; [] where a question or gold answer of two differs."""
-    others = {PLACE(row): (row, *grades) for row, *grades in second}
-    pairs = [(one, others[PLACE(one[0])]) for one in first if PLACE(one[0]) in others]
-    for (row, *_), (other, *_) in pairs:
-        if any(row[name].strip() != other[name].strip() for name in ("question", "answer")):
-            return []
-    return pairs
-
-
-def count_right(pairs: list[tuple[bool, bool]]) -> tuple[int, int, int, int]:
-    """Count the pairs that are right in both, in the first alone, the second alone, in neither."""
-    counts = Counter(pairs)
-    return counts[True, True], counts[True, False], counts[False, True], counts[False, False]
-
-
-def print_mcnemar(a: Graded, b: Graded, rules: str) -> None:
-    """Print the test over questions, by majority where they have several answers."""
-    first = answers_by_question(a, rules)
-    second = answers_by_question(b, rules)
-    pairs = [(majority(first[i]), majority(second[i])) for i in first if i in second]
-    n = len(pairs)
-    both, only_first, only_second, _ = count_right(pairs)
-    shares = (100 * (both + only_first) / n, 100 * (both + only_second) / n)
-    p = mcnemar(only_first, only_second)
-    text = "{} questions: {:.2f}% and {:.2f}% right; exact McNemar test: {} against {}, p = {:.3g}"
-    print(text.format(n, *shares, only_first, only_second, p))
-
-
-def diff(*, a: str, b: str, rules: str, limit: int) -> None:
-    """Print the completions on which one file is right and the other is not, counts and a test.
-
-    Raises UserError where the files share no completion or differ in a question or gold answer.
-    """
-    first = evaluate.grade_rows(*read_completions(a), rules)
-    second = evaluate.grade_rows(*read_completions(b), rules)
-    pairs = pair_completions(first, second)
-    if not pairs:
-        raise UserError(
-            f"{a} and {b} hold no completions of the same questions and gold answers: "
-            "compare two files of one task"
-        )
-    right = [(one[1] == "right", other[1] == "right") for one, other in pairs]
-    unlike = [pair for pair, (one, other) in zip(pairs, right, strict=True) if one != other]
-    for pair in unlike[:limit]:
-        for path, (row, outcome, verdicts) in zip((a, b), pair, strict=True):
-            title = outcome.replace("unreadable", "wrong")
-            evaluate.print_completion(f"{title} in {path}", row, verdicts)
-    if len(unlike) > limit:
-        print(f"\n... and {len(unlike) - limit} more (--limit)")
-    text = (
-        "\n{} completions in both files: {} right in both, {} in the first alone, "
-        "{} in the second alone, {} in neither"
-    )
-    print(text.format(len(pairs), *count_right(right)))
-    print_mcnemar(first, second, rules)
-
-
-# ---------------- The runs in saved/, each known by what made it
-
-
-class RunKey(NamedTuple):
-    """What a table's row is: all that is known of a run but its task and the number of its epoch.
-
-    Runs that differ in one field are two rows; the text of a row is made when it is printed.
-    """
-
-    model: str
-    method: str
-    train_key: str | None  # None: prompted, not fine-tuned
-    part: str  # what is scored: "test" of students, "all" of teachers, as in the paper
-    split: str
-    samples: int = 1  # answers of a student to a question
-    temperature: str = "0"  # of these, as recorded
-    seed: str = "0"
-    epoch: str = ""  # how it was chosen
-    vote: str = ""  # "maj@4", "pass@4": of several answers to a question
-    seeds: tuple[str, ...] = ()  # of a row that is the mean over them
-
-
-class ScoredFile(NamedTuple):
-    """A completion file: what run it is of, and how good."""
-
-    key: RunKey
-    score: evaluate.Score
-    made_with: str  # the recorded settings but the seed and the epoch, as JSON
-    validation: float | None  # accuracy on the validation share, %
-    votes: Record | None
+# ---------------- The table: methods x tasks
 
 
 class Cell(NamedTuple):
     """An accuracy in %, with its 95% interval or its standard deviation over seeds."""
 
     accuracy: float
-    low: float = 0.0
-    high: float = 0.0
-    spread: float = 0.0
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+    no_answer: int | None = None  # answers that could not be read; None of a vote: not counted
+    n: int = 0  # answers or, of a vote, questions
 
 
-Runs = dict[tuple[RunKey, str], list[ScoredFile]]  # {(run, task): its epochs in order}
+Record = dict[str, Any]  # a JSON object
 Table = dict[RunKey, dict[str, Cell]]  # {row: {task: cell}}
 
 
-def run_key(path: Path, metadata: Record, settings: Record) -> RunKey:
-    """Return what a completion file is of; of an untrained toy student the name has the seed.
-
-    D_toy__S_default_s1.json -> seed 1
-    """
-    model, method = (metadata.get(name) or "?" for name in ("base_model", "completion_key"))
-    split = metadata.get("split") or "default"
-    train_key = metadata.get("train_key")
-    if not (train_key or metadata.get("finetune_key") or metadata.get("part") == "test"):
-        return RunKey(model, method, train_key, "all", split)
-    seed = settings.get("seed") or 0
-    in_name = re.search(r"__S_.*_s(\d+)(?:__K_|$)", path.stem)
-    if in_name:
-        seed = in_name[1]
-    temperature = (metadata.get("settings") or {}).get("temperature") or 0
-    key = RunKey(model, method, train_key, "test", split)
-    return key._replace(temperature=str(temperature), seed=str(seed))
+def last_epoch_name(last: ScoredFile) -> str:
+    """Return what the last evaluated epoch of a run is called; "" where there are no epochs."""
+    epoch = last.score["epoch"]
+    if epoch is None:
+        return ""
+    flags = dict(last.key.flags)
+    planned = flags.get("epochs", str(epoch))
+    if str(epoch) != planned:
+        return f"epoch {epoch} of {planned}"
+    return "last epoch"
 
 
-def score_file(path: Path, data_dir: str, rules: str, allow_partial: bool) -> ScoredFile:
-    """Score a file on the part that its run is judged by, and on its validation share.
-
-    Raises UserError where it cannot be read or lacks samples of the part.
-    """
-    file = read_completions(path)
-    metadata = file[0]
-    settings = (metadata.get("run") or {}) | (metadata.get("settings") or {})
-    key = run_key(path, metadata, settings)
-    how = (key.split, data_dir, rules, allow_partial)
-    score, graded = evaluate.score_rows(path, *file, key.part, *how)
-    validation = None
-    if metadata.get("validation"):
-        validation = evaluate.score_rows(path, *file, "validation", *how)[0]["accuracy"]
-    counted = votes(graded, rules)
-    if counted and key.part == "test":
-        key = key._replace(samples=counted["k"])
-    for name in ("seed", "epoch", "model"):  # "model" is a hash of the seed, too
-        settings.pop(name, None)
-    return ScoredFile(key, score, json.dumps(settings, sort_keys=True), validation, counted)
+def test_accuracy(scored: ScoredFile) -> float:
+    return scored.score["accuracy"]
 
 
-def scored_runs(
-    paths: Iterable[Path], data_dir: str, rules: str = "paper", allow_partial: bool = False
-) -> tuple[Runs, list[str]]:
-    """Score completion files; return their runs, and a sentence for each file without a score."""
-    runs = defaultdict(list)
-    skipped = []
-    for path in paths:
-        try:
-            scored = score_file(path, data_dir, rules, allow_partial)
-        except UserError as error:
-            skipped.append(str(error))
-        else:
-            runs[scored.key, scored.score["task"]].append(scored)
-    for epochs in runs.values():
-        epochs.sort(key=lambda scored: scored.score["epoch"] or 0)
-    return dict(runs), skipped
-
-
-def saved_files(saved: str) -> list[Path]:
-    """Return every completion file in the folder `saved`."""
-    return sorted(Path(saved, "completion_data").glob("B_*/*.json"))
-
-
-# ---------------- The table: methods x tasks
+def validation_accuracy(scored: ScoredFile) -> float | None:
+    return scored.validation
 
 
 def chosen_epochs(epochs: list[ScoredFile]) -> dict[str, ScoredFile]:
     """Return {how it was chosen: epoch}: the last, the best on test, the best on validation."""
     last = epochs[-1]
-    name = "last epoch"
-    if last.score["epoch"] is None:
-        name = ""
+    name = last_epoch_name(last)
     chosen = {name: last}
     if len(epochs) > 1:
-        best = max(epochs, key=lambda scored: scored.score["accuracy"])
+        best = max(epochs, key=test_accuracy)
         chosen["best test epoch (the paper's protocol)"] = best
-    if all(scored.validation is not None for scored in epochs):
-        chosen["epoch chosen on validation"] = max(epochs, key=lambda scored: scored.validation)
+    accuracies = list(map(validation_accuracy, epochs))
+    if None not in accuracies:
+        best = max(epochs, key=validation_accuracy)
+        chosen["epoch chosen on validation"] = best
     return chosen
 
 
 def row_cells(key: RunKey, scored: ScoredFile) -> Iterator[tuple[RunKey, Cell]]:
     """Yield the rows of one file: its accuracy and, of several answers, majority and pass@k."""
     score = scored.score
-    yield key, Cell(score["accuracy"], score["low"], score["high"])
+    whole = Cell(score["accuracy"], score["low"], score["high"])
+    yield key, whole._replace(no_answer=score["no_answer"], n=score["n"])
     counted = scored.votes
-    if counted:
-        k = counted["k"]
-        agreed = Cell(counted["maj"], counted["maj_low"], counted["maj_high"])
-        yield key._replace(vote=f"maj@{k}"), agreed
-        n = counted["questions"]
-        passed = counted["pass"][k]
-        interval = evaluate.wilson_interval(passed / 100 * n, n)
-        yield key._replace(vote=f"pass@{k}"), Cell(passed, *interval)
+    if not counted:
+        return
+    k = counted["k"]
+    n = counted["questions"]
+    agreed = Cell(counted["maj"], counted["maj_low"], counted["maj_high"], n=n)
+    yield key._replace(vote=f"maj@{k}"), agreed
+    passed = counted["pass"][k]
+    right = passed / 100 * n
+    low, high = evaluate.wilson_interval(right, n)
+    yield key._replace(vote=f"pass@{k}"), Cell(passed, low, high, n=n)
 
 
-def without_seed(key: RunKey) -> RunKey:
-    """ft_cot_s1 of seed 1 -> ft_cot: what runs with other seeds have in common."""
-    train_key = key.train_key
-    if train_key:
-        train_key = train_key.removesuffix(f"_s{key.seed}")
-    return key._replace(train_key=train_key, seed="0")
+def mean_cell(cells: Iterable[Cell]) -> Cell:
+    """Return mean and standard deviation over seeds, and their answers together."""
+    accuracies = []
+    unread = []
+    n = 0
+    for cell in cells:
+        accuracies.append(cell.accuracy)
+        unread.append(cell.no_answer)
+        n += cell.n
+    mean = statistics.mean(accuracies)
+    spread = statistics.stdev(accuracies)
+    no_answer = None
+    if None not in unread:
+        no_answer = sum(unread)
+    return Cell(mean, spread=spread, no_answer=no_answer, n=n)
+
+
+def add_mean(table: Table, group: tuple, of_seeds: list[tuple[RunKey, Cell]], each: bool) -> None:
+    """Put the mean of a group of seeds into the table: in their place or, with each, beside them.
+
+    group: what these have in common (runs.seed_group).  A seed that is there twice has no mean.
+    """
+    rows, cells = zip(*of_seeds, strict=True)
+    seeds = {row.seed for row in rows}
+    if len(rows) == 1 or len(seeds) < len(rows):
+        return
+    common, task, *_ = group
+    mean = common._replace(seeds=tuple(sorted(seeds)))
+    table[mean][task] = mean_cell(cells)
+    if each:
+        return
+    for row in rows:
+        del table[row][task]
 
 
 def collect(
-    paths: Iterable[Path], data_dir: str, rules: str = "paper", allow_partial: bool = False
+    paths: Iterable[Path],
+    data_dir: str,
+    rules: str = "paper",
+    allow_partial: bool = False,
+    wanted: Wanted = EVERYTHING,
+    each: bool = False,
 ) -> tuple[Table, list[str]]:
-    """Score completion files into a table; return it, and a sentence for each file left out.
+    """Score completion files into a table; return it, and sentences about what is left out.
 
-    Rows whose keys and recorded settings differ in nothing but the seed have a mean beside them.
+    Runs that agree in everything but the seed are one row, their mean; with each, rows beside it.
     """
-    runs, skipped = scored_runs(paths, data_dir, rules, allow_partial)
+    found, skipped = scored_runs(paths, data_dir, rules, allow_partial, wanted)
     table = defaultdict(dict)
-    groups = defaultdict(dict)  # {(key without seed, task, settings): {seed: accuracy}}
-    for (key, task), epochs in runs.items():
+    groups = defaultdict(list)  # {what seeds have in common: (row, cell)}
+    for (key, task), epochs in found.items():
         for choice, scored in chosen_epochs(epochs).items():
-            for row, cell in row_cells(key._replace(epoch=choice), scored):
+            chosen = key._replace(epoch=choice)
+            for row, cell in row_cells(chosen, scored):
                 table[row][task] = cell
-                groups[without_seed(row), task, scored.made_with][row.seed] = cell.accuracy
-    for (key, task, _), by_seed in groups.items():
-        if len(by_seed) > 1:
-            row = key._replace(seeds=tuple(sorted(by_seed)))
-            accuracies = by_seed.values()
-            spread = statistics.stdev(accuracies)
-            table[row][task] = Cell(statistics.mean(accuracies), spread=spread)
-    return dict(table), skipped
-
-
-def row_label(key: RunKey) -> str:
-    """'ft_cot, last epoch', 'zs_cot, all questions': what a row is called where that is enough."""
-    parts = [key.train_key or key.method]
-    if key.part == "all":
-        parts.append("all questions")
-    if key.samples > 1:
-        parts.append(f"{key.samples} samples a question")
-    parts += filter(None, (key.epoch, key.vote))
-    if key.seeds:
-        parts.append(f"mean of {len(key.seeds)} seeds")
-    return ", ".join(parts)
-
-
-def row_labels(keys: Iterable[RunKey]) -> dict[RunKey, str]:
-    """Label rows; of rows of a model that would read the same, name the fields that differ.
-
-    zs on two splits -> 'zs, split default' and 'zs, split template'
-    """
-    namesakes = defaultdict(list)
-    for key in keys:
-        namesakes[key.model, row_label(key)].append(key)
-    labels = {}
-    for (_, label), same in namesakes.items():
-        columns = zip(RunKey._fields, zip(*same, strict=True), strict=True)
-        varied = [name for name, values in columns if len(set(values)) > 1]
-        for key in same:
-            labels[key] = ", ".join([label, *(f"{name} {getattr(key, name)}" for name in varied)])
-    return labels
+                group = runs.seed_group(row, epochs)
+                groups[group].append((row, cell))
+    for group, of_seeds in groups.items():
+        add_mean(table, group, of_seeds, each)
+    rows = {key: cells for key, cells in table.items() if cells}
+    messages = [f"not in the table: {message}" for message in skipped]
+    messages += runs.describe_unknown(found)
+    return rows, messages
 
 
 # ---------------- The table as text
@@ -403,148 +172,331 @@ def row_labels(keys: Iterable[RunKey]) -> dict[RunKey, str]:
 def paper_value(results: paper.Results, key: RunKey, task: str) -> float | None:
     """Return the published accuracy of the same model, method and task, or None.
 
-    None of another split, learning rate or seed, of a vote or a mean: not the paper's cell.
+    None of another split, learning rate or seed, or of a vote: not the paper's cell.  A mean over
+    seeds has one: it stands in the place of the run that has the paper's settings.
     """
-    if key.split != "default" or key.vote or key.seeds:
+    if key.split != "default" or key.vote:
         return None
-    return paper.accuracy(results, key.model, key.method, key.train_key, task)
+    return paper.accuracy(
+        results,
+        key.model,
+        key.method,
+        key.train_key,
+        task,
+    )
 
 
-Lines = list[list[str]]
+Line = list[str]
+Lines = list[Line]
+KEY_COLUMN = "key"  # what the files of a run are called
+TEXT_COLUMNS = ("model", "method", KEY_COLUMN)
 
 
 def row_order(key: RunKey, label: str) -> tuple:
-    """Put teachers first, then sort by model, method and label, 2aug before 16aug."""
+    """Put teachers first, then sort by model, method and label, D = 2 before D = 16."""
     place = -1
-    if key.method in paper.METHODS:
-        place = list(paper.METHODS).index(key.method)
-    natural = re.sub(r"[0-9]+", lambda digits: digits[0].zfill(9), label)
-    return (key.part != "all", key.model, place, natural)
+    methods = list(paper.METHODS)
+    if key.method in methods:
+        place = methods.index(key.method)
+    natural = ""
+    for part in re.split(r"(\d+)", label):
+        width = 0
+        if part.isdigit():
+            width = 9
+        natural += part.zfill(width)
+    is_student = key.part != "all"
+    return (is_student, key.model, place, natural)
+
+
+def in_order(table: Table) -> list[tuple[RunKey, str]]:
+    """Return the rows and their labels, in the order of the table."""
+    labels = row_labels(table)
+    return sorted(labels.items(), key=lambda row: row_order(*row))
+
+
+def table_line(
+    model: str, name: str, columns: Iterable[str], values: dict[str, str], files: str = ""
+) -> Line:
+    """Put the values of tasks into their columns, and what the files are called at the end."""
+    line = [model, name]
+    for task in columns:
+        value = values.get(task, "-")
+        line.append(value)
+    return [*line, files]
+
+
+def row_lines(
+    key: RunKey, label: str, columns: list[str], cells: dict[str, Cell], published: dict[str, float]
+) -> Lines:
+    """Return a row's accuracies and, below them, what is known of each: indented lines."""
+    accuracies = {}
+    below = {}
+    unread = {}
+    for task, cell in cells.items():
+        accuracies[task] = f"{cell.accuracy:.2f}"
+        if key.seeds:
+            below[task] = f"{cell.spread:.2f}"
+        else:
+            below[task] = f"[{cell.low:.1f}, {cell.high:.1f}]"
+        if cell.no_answer:
+            unread[task] = f"{cell.no_answer}/{cell.n}"
+    name = "  95% interval"
+    if key.seeds:
+        name = "  standard deviation"
+    lines = [
+        table_line(key.model, label, columns, accuracies, run_name(key)),
+        table_line("", name, columns, below),
+    ]
+    if unread:
+        lines.append(table_line("", "  without an answer", columns, unread))
+    if published:
+        values = {task: f"{value:.2f}" for task, value in published.items()}
+        lines.append(table_line("", "  paper", columns, values))
+    return lines
+
+
+def published_values(results: paper.Results, key: RunKey, names: Iterable[str]) -> dict[str, float]:
+    """Return {task: the paper's value} of those of these tasks that have one."""
+    published = {}
+    for task in names:
+        value = paper_value(results, key, task)
+        if value is not None:
+            published[task] = value
+    return published
 
 
 def table_lines(table: Table, results: paper.Results) -> Lines:
     """Return a head, a random guess, and of each row accuracies, intervals, the paper's values.
 
-    Columns are the tasks in the paper's order; a row without published values has no such line.
+    Columns are the tasks in the paper's order and, where any has a name of its own, what the files
+    of a run are called; a row without published values has no such line, nor one whose answers
+    could all be read a line of those that could not.
     """
     seen = set().union(*table.values())
-    columns = {key: row for key, row in tasks.TASKS.items() if key in seen}
-
-    def line(model: str, name: str, form: str, cells: Record) -> list[str]:
-        """Write cells into their columns, each in the given form."""
-        values = [form.format(cells[task]) if task in cells else "-" for task in columns]
-        return [model, name, *values]
-
+    columns = [task for task in tasks.TASKS if task in seen]
+    names = {}
+    guesses = {}
+    for task in columns:
+        row = tasks.TASKS[task]
+        names[task] = row.name
+        guesses[task] = f"{row.random:.2f}"
     lines = [
-        line("model", "method", "{0.name}", columns),
-        line("", "random guess", "{0.random:.2f}", columns),
+        table_line("model", "method", columns, names, KEY_COLUMN),
+        table_line("", "random guess", columns, guesses),
     ]
-    labels = row_labels(table)
-    for key in sorted(table, key=lambda key: row_order(key, labels[key])):
-        cells = table[key]
-        lines.append(line(key.model, labels[key], "{0.accuracy:.2f}", cells))
-        if key.seeds:
-            lines.append(line("", "  standard deviation", "{0.spread:.2f}", cells))
-        else:
-            lines.append(line("", "  95% interval", "[{0.low:.1f}, {0.high:.1f}]", cells))
-        published = {task: paper_value(results, key, task) for task in cells}
-        known = {task: value for task, value in published.items() if value is not None}
-        if known:
-            lines.append(line("", "  paper", "{:.2f}", known))
-    return lines
+    for key, label in in_order(table):
+        published = published_values(results, key, table[key])
+        lines += row_lines(key, label, columns, table[key], published)
+    has_names = any(line[-1] for line in lines[1:])
+    if has_names:
+        return lines
+    return [line[:-1] for line in lines]
+
+
+def text_columns(lines: Lines) -> list[bool]:
+    """Tell of each column whether it holds names: all others hold numbers."""
+    return [head in TEXT_COLUMNS for head in lines[0]]
 
 
 def terminal(lines: Lines) -> list[str]:
     """Align columns: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    form = "{:<%d}  {:<%d}" + "  {:>%d}" * (len(widths) - 2)
-    return [(form % tuple(widths)).format(*line).rstrip() for line in lines]
+    columns = []
+    for is_text, column in zip(text_columns(lines), zip(*lines, strict=True), strict=True):
+        width = max(map(len, column))
+        align = str.rjust
+        if is_text:
+            align = str.ljust
+        columns.append([align(cell, width) for cell in column])
+    aligned = []
+    for cells in zip(*columns, strict=True):
+        row = "  ".join(cells)
+        aligned.append(row.rstrip())
+    return aligned
 
 
 def markdown(lines: Lines) -> list[str]:
     """Write a table of GitHub's Markdown."""
-    rows = [f"| {' | '.join(map(str.strip, line))} |" for line in lines]
-    return [rows[0], "|---|---|" + "--:|" * (len(lines[0]) - 2), *rows[1:]]
+    rows = []
+    for line in lines:
+        cells = [text.strip() for text in line]
+        row = " | ".join(cells)
+        rows.append(f"| {row} |")
+    rule = "|"
+    for is_text in text_columns(lines):
+        rule += "---|" if is_text else "--:|"
+    rows.insert(1, rule)
+    return rows
 
 
 def latex(lines: Lines) -> list[str]:
     """Write a booktabs tabular: '  95% interval' -> '\\quad 95\\% interval'"""
     rows = []
     for line in lines:
-        escaped = [re.sub(r"([&%#_])", r"\\\1", text) for text in line]
-        indented = [re.sub(r"^  ", r"\\quad ", text) for text in escaped]
-        rows.append(" & ".join(indented) + r" \\")
-    head = r"\begin{tabular}{ll" + "r" * (len(lines[0]) - 2) + "}"
+        cells = []
+        for text in line:
+            escaped = re.sub(r"([&%#_])", r"\\\1", text)
+            indented = re.sub(r"^  ", r"\\quad ", escaped)
+            cells.append(indented)
+        row = " & ".join(cells)
+        rows.append(row + r" \\")
+    columns = ""
+    for is_text in text_columns(lines):
+        columns += "l" if is_text else "r"
+    head = r"\begin{tabular}{" + columns + "}"
     return [head, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]
 
 
-FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
+# ---------------- The table for other programs: a record a (run, task)
 
 
-def print_table(table: Table, skipped: list[str], format: str = "terminal") -> None:
-    """Print a table in one of FORMATS; what has no score is named on stderr."""
-    print("\n".join(FORMATS[format](table_lines(table, paper.read_results()))))
-    for message in skipped:
-        print(f"not in the table: {message}", file=sys.stderr)
+def round_or_none(value: float | None) -> float | None:
+    """Round a share to the 0.01% of the table."""
+    if value is None:
+        return None
+    return round(value, 2)
+
+
+def make_record(key: RunKey, label: str, task: str, cell: Cell, value: float | None) -> Record:
+    """Return what is known of a cell, shares in %.  value: the paper's.  None: there is none.
+
+    Of a mean over seeds there is a standard deviation and no interval.
+    """
+    seeds = key.seeds or (key.seed,)
+    if key.part == "all":
+        seeds = ()  # a teacher's key has none
+    return {
+        "model": key.model,
+        "run": label,
+        "key": run_name(key),
+        "method": key.method,
+        "task": task,
+        "split": key.split,
+        "seeds": " ".join(seeds),
+        "epoch": key.epoch,
+        "vote": key.vote,
+        "accuracy": round_or_none(cell.accuracy),
+        "low": round_or_none(cell.low),
+        "high": round_or_none(cell.high),
+        "standard_deviation": round_or_none(cell.spread),
+        "n": cell.n,
+        "no_answer": cell.no_answer,
+        "paper": value,
+        "flags": dict(key.flags),
+    }
+
+
+def records(table: Table, results: paper.Results) -> list[Record]:
+    """Return the cells of a table, row by row, tasks in the paper's order."""
+    found = []
+    for key, label in in_order(table):
+        cells = table[key]
+        columns = [task for task in tasks.TASKS if task in cells]
+        for task in columns:
+            value = paper_value(results, key, task)
+            record = make_record(key, label, task, cells[task], value)
+            found.append(record)
+    return found
+
+
+def as_json(found: list[Record]) -> str:
+    """Write a list of objects; "flags" has all that is recorded of how a run was made."""
+    return json.dumps(found, indent=1)
+
+
+def as_csv(found: list[Record]) -> str:
+    """Write comma-separated values with a head; what is not there is empty."""
+    columns = [name for name in found[0] if name != "flags"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue().rstrip("\n")
+
+
+TEXT_FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
+RECORD_FORMATS = {"csv": as_csv, "json": as_json}
+FORMATS = (*TEXT_FORMATS, *RECORD_FORMATS)
+
+
+def print_table(table: Table, messages: list[str], format: str = "terminal") -> None:
+    """Print a table in one of FORMATS; what is left out or unknown is named on stderr."""
+    results = paper.read_results()
+    if format in RECORD_FORMATS:
+        write = RECORD_FORMATS[format]
+        text = write(records(table, results))
+    else:
+        write = TEXT_FORMATS[format]
+        lines = table_lines(table, results)
+        text = "\n".join(write(lines))
+    print(text)
+    for message in messages:
+        print(message, file=sys.stderr)
 
 
 # ---------------- Commands of evaluate.py
 
 
-def table(*, saved: str, data: str, rules: str, allow_partial: bool, format: str) -> None:
+def read_wanted(
+    task: list[str] | None, student: list[str] | None, method: list[str] | None
+) -> Wanted:
+    """Return what --task, --student and --method ask for; None: everything."""
+    return Wanted(tuple(task or ()), tuple(student or ()), tuple(method or ()))
+
+
+def table(
+    *,
+    saved: str,
+    data: str,
+    rules: str,
+    allow_partial: bool,
+    task: list[str] | None,
+    student: list[str] | None,
+    method: list[str] | None,
+    each: bool,
+    format: str,
+) -> None:
     """Print methods x tasks, beside the paper's values.  Raises UserError where there are none."""
-    rows, skipped = collect(saved_files(saved), data, rules, allow_partial)
+    wanted = read_wanted(task, student, method)
+    paths = saved_files(saved)
+    rows, messages = collect(paths, data, rules, allow_partial, wanted, each)
     if not rows:
-        reason = "".join(f": {message}" for message in skipped[:1])
-        raise UserError(f"there is nothing to show under {saved}/completion_data{reason}")
-    print_table(rows, skipped, format)
+        reason = ""
+        if messages:
+            reason = f": {messages[0]}"
+        asked = runs.describe_wanted(wanted)
+        raise UserError(f"there is nothing{asked} to show under {saved}/completion_data{reason}")
+    print_table(rows, messages, format)
 
 
-def show(*, file: str, rules: str, limit: int) -> None:
-    """Print some wrong, right and unreadable completions of a file."""
-    graded = evaluate.grade_rows(*read_completions(file), rules)
-    for kind in ("wrong", "right", "unreadable"):
-        found = [(row, verdicts) for row, outcome, verdicts in graded if outcome == kind]
-        shown = ""
-        if len(found) > limit:
-            shown = f"; the first {limit}:"
-        print(f"\n{len(found)} of {len(graded)} are {kind}{shown}")
-        for row, verdicts in found[:limit]:
-            evaluate.print_completion(kind, row, verdicts)
-
-
-RULES_FLAG = {
-    "choices": ["paper", "flexible"],
-    "default": "paper",
-    "help": "answer cleansing that decides (default paper)",
-}
+def add_filter_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose among the runs in --saved: of table and plot."""
+    add = parser.add_argument
+    known = {"nargs": "+", "metavar": "NAME"}
+    task = one_of(list(tasks.TASKS))
+    add("--task", type=task, help="only these tasks (default all)", **known)
+    add("--student", help="only these models (default all)", **known)
+    method = one_of([*tasks.PROMPTED, *tasks.FINE_TUNED])
+    add("--method", type=method, help="only these methods (default all)", **known)
 
 
 def add_saved_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of what reads everything in --saved: table and plot."""
     add = parser.add_argument
-    add("--saved", default="saved", help="folder that runs write to (default saved)")
+    saved = default_folder("saved")
+    add("--saved", default=saved, help="folder that runs write to (default the project's saved)")
     parser.add_argument("--rules", **RULES_FLAG)
-    add("--data", default="data", help="folder of the prepared benchmarks (default data)")
+    data = default_folder("data")
+    add("--data", default=data, help="folder of the prepared benchmarks (default the project's)")
     add("--allow_partial", action="store_true", help="score files that lack samples of the part")
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add table, show and diff to the command line of evaluate.py."""
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add table to the command line of evaluate.py."""
     parser = commands.add_parser("table", help="methods x tasks, beside the paper's values")
-    parser.add_argument("--format", choices=FORMATS, default="terminal", help="default terminal")
+    text = "default terminal; csv, json: a row a run and task, for other programs"
+    parser.add_argument("--format", choices=FORMATS, default="terminal", help=text)
+    text = "show every seed, too, not only mean and standard deviation over seeds"
+    parser.add_argument("--each", action="store_true", help=text)
+    add_filter_flags(parser)
     add_saved_flags(parser)
     parser.set_defaults(run=table)
-    text = "read wrong, right and unreadable completions of a file"
-    parser = commands.add_parser("show", help=text)
-    parser.add_argument("file", help="completion file")
-    parser.add_argument("--limit", type=int, default=5, help="completions of each kind (default 5)")
-    parser.add_argument("--rules", **RULES_FLAG)
-    parser.set_defaults(run=show)
-    text = "the questions on which two completion files differ, and the exact McNemar test"
-    parser = commands.add_parser("diff", help=text)
-    parser.add_argument("a", help="completion file")
-    parser.add_argument("b", help="another, of the same task")
-    parser.add_argument("--limit", type=int, default=20, help="completions to print (default 20)")
-    parser.add_argument("--rules", **RULES_FLAG)
-    parser.set_defaults(run=diff)

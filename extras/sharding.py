@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from storage import Ranks, UserError
+from distributed import Ranks
+from storage import UserError
 
 
 def shard(model: PreTrainedModel, where: str, precision: str, ranks: Ranks) -> torch.nn.Module:

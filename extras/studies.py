@@ -17,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import finetune_cot
+import distributed
 import flags
+import provenance
 import storage
 import tasks
+from arguments import one_of
 from extras import report
 from storage import Interrupted, UserError
 
@@ -81,7 +83,7 @@ STUDIES = {  # name: grids of flags, run in order; what the command line says go
 def command_lines(argv: list[str]) -> list[list[str]]:
     """Return the flags of each grid of --study NAME, each with the rest of the line behind it."""
     finder = argparse.ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False)
-    finder.add_argument("--study", choices=STUDIES)
+    finder.add_argument("--study", type=one_of([*STUDIES]))
     study = finder.parse_known_args(argv)[0].study
     if not study:
         return [argv]
@@ -121,16 +123,33 @@ def output_files(cell: Namespace) -> tuple[Path, Path]:
     if cell.stage == "sample":
         return completions, completions
     if cell.stage == "curate":
-        family = finetune_cot.student_family(cell)
+        family = flags.student_family(cell)
         return flags.finetune_file(cell, method, family), completions
     return flags.test_file(cell, method, 0), completions
+
+
+def check_same_result(path: Path, first: Namespace, second: Namespace, stage: str) -> None:
+    """Raise UserError where two cells that write one file differ in what it depends on.
+
+    The names of two students, a/model and b/model, are both `model`, say.
+    """
+    method = second.method[-1]
+    wanted = provenance.stage_flags(stage, method, vars(first))
+    other = provenance.stage_flags(stage, method, vars(second))
+    changed = storage.changed_settings(wanted, other, wanted)
+    if changed:
+        raise UserError(
+            f"two cells would write {path} and differ in {changed}: give each a --saved folder, or "
+            "names that differ in their last part"
+        )
 
 
 def dedupe_cells(cells: list[Namespace]) -> list[Namespace]:
     """Return cells of one method each without repetitions: ft does not depend on the degree.
 
     Each knows the largest degree of its teacher's file, so that it is sampled once.
-    Raises UserError for flags that name one student where there are several cells.
+    Raises UserError for flags that name one student where there are several cells, and for two
+    that would write one file though they differ in what it depends on.
     """
     if len(cells) > 1:
         if cells[0].out or cells[0].train_key or cells[0].finetune_data:
@@ -141,10 +160,13 @@ def dedupe_cells(cells: list[Namespace]) -> list[Namespace]:
         cells = [one for cell in cells for one in split_methods(cell)]
     unique = {}
     degrees = {}
+    teachers = {}
     for cell in cells:
         own, teacher = output_files(cell)
-        unique.setdefault(own, cell)
+        check_same_result(own, unique.setdefault(own, cell), cell, cell.stage)
         degrees[teacher] = max(cell.degree, degrees.get(teacher, 0))
+        if cell.method[-1] == "ft_cot":
+            check_same_result(teacher, teachers.setdefault(teacher, cell), cell, "sample")
     for cell in unique.values():
         _, teacher = output_files(cell)
         cell.sample_degree = degrees[teacher]
@@ -166,7 +188,7 @@ def cell_name(cell: Namespace, cells: list[Namespace]) -> str:
 def run_cells(
     cells: list[Namespace],
     run: Callable[[Namespace], list[dict[str, Any]]],
-    ranks: storage.Ranks,
+    ranks: distributed.Ranks,
     data_dir: str,
 ) -> None:
     """Run every cell, then print one table.  run(cell): the scores of its methods.

@@ -163,7 +163,7 @@ class ApiServer:
         pairs = [line.split(": ", 1) for line in lines if line]
         headers = {name.lower(): value for name, value in pairs}
         body: Any = await reader.readexactly(int(headers.get("content-length", 0)))
-        if "json" in headers.get("content-type", ""):
+        if body and "json" in headers.get("content-type", ""):
             body = json.loads(body)
         path = path.removeprefix("/v1").partition("?")[0]
         return Request(arrived, method, path, headers.get("x-client-request-id", ""), body, headers)
@@ -204,6 +204,10 @@ class ApiServer:
             return self.create_batch(request)
         if path == "/fine_tuning/jobs" and request.method == "POST":
             return self.create_job(request)
+        if match := re.fullmatch(r"/batches/(.*)/cancel", path):
+            batch = next(one for one in self.batches if one["id"] == match[1])
+            batch["status"] = "cancelling"
+            return Reply(body=batch)
         if match := re.fullmatch(r"/files/(.*)/content", path):
             headers = {"content-type": "application/octet-stream"}
             return Reply(body=self.files[match[1]], headers=headers)

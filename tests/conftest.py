@@ -129,6 +129,13 @@ def tiny_model(kind: str, dropout: float = 0.0, t5_scale: float = 1.0) -> Any:
 KINDS = ["gpt2", "llama", "t5", "flan-t5"]
 
 
+def model_folder_of(kind: str, folder: Path) -> Path:
+    """Save a tiny random model and its tokenizer to a folder."""
+    tiny_model(kind, t5_scale=2.0).save_pretrained(folder)
+    tiny_tokenizer(bos=kind == "llama").save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Return a function: kind -> a Hugging Face folder with a tiny random model."""
@@ -136,9 +143,7 @@ def model_folder(tmp_path_factory):
 
     def folder(kind: str) -> Path:
         if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny_model(kind, t5_scale=2.0).save_pretrained(made[kind])
-            tiny_tokenizer(bos=kind == "llama").save_pretrained(made[kind])
+            made[kind] = model_folder_of(kind, tmp_path_factory.mktemp(kind))
         return made[kind]
 
     return folder
@@ -169,6 +174,7 @@ ASK_FLAGS = {
     "--degree": 1,
     "--temperature": 0,
     "--concurrency": 4,
+    "--teacher_max_new_tokens": 128,  # what the journals of earlier versions were asked with
 }
 
 
@@ -207,6 +213,7 @@ class Ask:
         except SystemExit as e:
             message = e.code
         captured = self.capsys.readouterr()
+        self.err = captured.err
         assert "Traceback" not in captured.err
         assert KEY not in f"{captured}{message}"
         return message, captured.out
@@ -362,7 +369,7 @@ def greedy_texts(model, tokenizer, family: str, max_new_tokens: int) -> list[str
     return texts
 
 
-def tiny_bart():
+def tiny_bart(**changes):
     """A model whose decoder counts positions from the first column: no row may enter late."""
     import torch
     import transformers as tf
@@ -380,6 +387,7 @@ def tiny_bart():
         **layers,
         **heads,
         **special,
+        **changes,
     )
     return tf.BartForConditionalGeneration(config).eval()
 
@@ -398,6 +406,110 @@ def tiny_lfm2():
     return tf.Lfm2ForCausalLM(config).eval()
 
 
+# ---- families: a tiny model of each type that transformers knows
+
+TINY_SIZES = {
+    32: "hidden_size d_model n_embd dim embedding_size embed_dim",
+    64: """intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size
+        moe_intermediate_size shared_expert_intermediate_size mlp_hidden_size""",
+    16: "q_lora_rank kv_lora_rank linear_head_dim",
+    8: """head_dim d_kv v_head_dim qk_nope_head_dim qk_rope_head_dim mamba_d_state state_size
+        ssm_state_size linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input""",
+    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads rotary_dim
+        decoder_attention_heads num_local_experts num_experts n_routed_experts moe_num_experts
+        linear_num_value_heads linear_num_heads laurel_rank""",
+    2: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
+        num_experts_per_tok num_decoder_layers num_encoder_layers num_key_value_heads num_kv_heads
+        bos_token_id linear_num_key_heads""",
+    256: "max_position_embeddings n_positions max_seq_len n_ctx context_length",
+    259: "vocab_size vocab_size_per_layer_input",
+    1: "pad_token_id",
+    0: "eos_token_id num_kv_shared_layers",
+}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+CONVOLUTION = {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8}
+FULL_HEADS = {"num_key_value_heads": 4}
+TINY_EXCEPTIONS = {
+    **dict.fromkeys(
+        "axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text".split(), FULL_HEADS
+    ),
+    **dict.fromkeys("glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu".split(), FULL_HEADS),
+    **dict.fromkeys("minimax qwen3_next qwen3_5_text qwen3_5_moe_text".split(), HYBRID),
+    "axk1": {**FULL_HEADS, "n_group": 1, "topk_group": 1},
+    "bailing_hybrid": {**FULL_HEADS, "layer_group_size": 2},
+    "bamba": {**MAMBA_HEADS, "attn_layer_indices": [1]},
+    "granitemoehybrid": {**MAMBA_HEADS, "layer_types": ["mamba", "attention"]},
+    "falcon_h1": {**MAMBA_HEADS, "mamba_d_ssm": 64, "mamba_chunk_size": 16},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {"chunk_size": 16},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "kimi_linear": {**FULL_HEADS, **HYBRID, "mlp_layer_types": ["dense", "sparse"]},
+    "lfm2": {**CONVOLUTION, "block_auto_adjust_ff_dim": False},
+    "lfm2_moe": {**CONVOLUTION, "num_dense_layers": 1},
+    "lfm3": CONVOLUTION,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {
+        **FULL_HEADS,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "roc_bert": {"pronunciation_vocab_size": 30, "shape_vocab_size": 30},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 16]},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
+def family_classes():
+    """Return {model type: name of its class}: all decoders and encoder-decoders there are."""
+    from transformers.models.auto import modeling_auto
+
+    decoders = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    del decoders["whisper"]  # the half of an encoder-decoder that reads sound
+    encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return {**decoders, **encoder_decoders}
+
+
+def tiny_family(model_type: str, **changes: Any) -> Any:
+    """Return a small random model of a type, or raise what its configuration or class raises."""
+    import torch
+    import transformers as tf
+
+    defaults = tf.AutoConfig.for_model(model_type)
+    known = {**defaults.to_dict(), **defaults.attribute_map}
+    sizes = {}
+    for size, names in TINY_SIZES.items():
+        for name in names.split():
+            if name in known and defaults.attribute_map.get(name, name) not in sizes:
+                sizes[defaults.attribute_map.get(name, name)] = size
+    if defaults.is_encoder_decoder:
+        sizes["decoder_start_token_id"] = 2
+    else:
+        sizes["is_decoder"] = True  # of BERT and its like
+    config = type(defaults)(**sizes | TINY_EXCEPTIONS.get(model_type, {}) | changes)
+    model_class = getattr(tf, family_classes()[model_type])
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in model_class(config).parameters())
+    if count > 4e6:
+        raise ValueError(f"{count} parameters at the smallest")
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1 and 0 < weight.std() < 0.2:
+                weight.mul_(min(10, 0.2 / weight.std()))  # at random size all texts are alike
+    model.generation_config = tf.GenerationConfig(
+        eos_token_id=0,
+        pad_token_id=1,
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+    )
+    return model
+
+
 # ---- train_loop: data, oracle, ranks
 
 
@@ -405,7 +517,7 @@ def one_rank():
     """A plain start on the CPU: one rank."""
     import torch
 
-    from storage import Ranks
+    from distributed import Ranks
 
     return Ranks(0, 1, torch.device("cpu"))
 
@@ -433,7 +545,7 @@ def decoder_start_of(model):
 
 
 def samples_for(model, tokenizer, n=20):
-    from batches import tokenize
+    from tokens import tokenize
 
     return tokenize(tokenizer, family_of(model), toy_data(n), 512)[0]
 
@@ -460,6 +572,16 @@ def hugging_face_loss_and_gradients(model, samples):
     return loss.item(), gradients
 
 
+def prepare_training(model, samples, config):
+    """train_loop.prepare_training of a list of samples, on one rank."""
+    import train_loop
+    from tokens import TokenizedSamples
+
+    samples = TokenizedSamples.from_samples(samples)
+    start_token = decoder_start_of(model)
+    return train_loop.prepare_training(model, samples, start_token, config, one_rank())
+
+
 def step_loss_and_gradients(model, samples, context=None, **changes):
     """One step of ours whose optimizer changes nothing and keeps the gradients it is handed."""
     import contextlib
@@ -473,7 +595,7 @@ def step_loss_and_gradients(model, samples, context=None, **changes):
             self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
     config = train_config(**changes)
-    setup = train_loop.prepare_training(model, samples, decoder_start_of(model), config, one_rank())
+    setup = prepare_training(model, samples, config)
     assert setup.packing == config.packing
     optimizer = KeepGradients(model.parameters(), lr=0.0)
     setup = setup._replace(state=setup.state._replace(optimizer=optimizer))
@@ -493,18 +615,27 @@ def assert_gradients_equal(gradients, expected, tolerance=2e-6):
 
 def start_training(model, tokenizer, out, data=None, ranks=None, **changes):
     """-> the generator of epochs of a run in out."""
+    import storage
+    import tokens
     import train_loop
+    from models import LoadedModel
 
     out.mkdir(exist_ok=True)
+    config = train_config(**changes)
+    ranks = ranks or one_rank()
+    student = LoadedModel(model, tokenizer, family_of(model))
+    data_file = out.with_suffix(".json")
+    if ranks.is_rank0:
+        storage.write_json(data_file, data or toy_data())
+    samples = tokens.load_or_tokenize(student, data_file, out, config.max_length, ranks)
     return train_loop.train(
         model,
         tokenizer,
-        family_of(model),
-        data or toy_data(),
+        samples,
         out,
-        train_config(**changes),
+        config,
         {"test": True},
-        ranks or one_rank(),
+        ranks,
         {"lr": changes.get("lr", 1e-3)},
     )
 
@@ -530,6 +661,7 @@ def timeless_rows(out):
     rows = log_rows(out)[1:]
     for row in rows:
         row.pop("seconds", None)
+        row.pop("peak_memory_mb", None)
     return rows
 
 
@@ -554,9 +686,10 @@ RANKS_SCRIPT = """
 import ast, os, sys; sys.path[:0] = ["tests", "."]
 from pathlib import Path
 import torch
+import distributed
 import storage
 from conftest import start_training, tiny_model, tiny_tokenizer, toy_data
-ranks = storage.init_ranks(torch.device("cpu"))
+ranks = distributed.init_ranks(torch.device("cpu"))
 for name, (kind, changes) in ast.literal_eval(sys.argv[2]).items():
     stop = changes.pop("stop_after", 0)
     for part in ("first", "second") if stop else ("whole",):
@@ -655,3 +788,35 @@ def answers_file(
     path = saved / "completion_data" / f"B_{model}__C_ft_cot" / f"{name}.json"
     storage.write_json(path, {"metadata": known | metadata, "data": data})
     return path
+
+
+def first_right(limit: int) -> Callable[[int, int], bool]:
+    """Return `right` for answers_file: the first so many questions are answered rightly."""
+    return lambda place, k: place < limit
+
+
+@pytest.fixture
+def three_answers(report_toy, tmp_path):
+    """Three answers to ten questions: 0-4 all right; 5-7 two right; 8 one right, two unreadable;
+    9 one right, two wrong."""
+    right = [[True] * 3] * 5 + [[True, True, False]] * 3
+    right += [[True, None, None], [True, False, False]]
+    name = "D_toy__T_ft_cot__E_001__K_03_t70"
+    return answers_file(tmp_path, lambda place, k: right[place][k], name, many=3)
+
+
+# ---- page, figure
+
+
+@pytest.fixture(scope="session")
+def trained_toy(tmp_path_factory):
+    """The folder of a run of both methods on small_toy, for one epoch; no test writes there."""
+    import finetune_cot
+    import tasks
+
+    folder = tmp_path_factory.mktemp("trained")
+    toy = tasks.TASKS["toy"]._replace(n=60, train=42, test=18)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, "toy", toy)
+        finetune_cot.main(["--saved", str(folder), "--epochs", "1"])
+    return folder

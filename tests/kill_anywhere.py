@@ -85,6 +85,7 @@ def read_log(path: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.open()]
     for row in rows:
         row.pop("seconds", None)
+        row.pop("peak_memory_mb", None)
     return rows[1:]
 
 

@@ -1,24 +1,33 @@
 """Requests to a server, and every fault that it can have.   python -m pytest tests/test_api.py"""
 
+import collections
 import datetime
 import email.utils
+import gzip
 import json
 import os
 import random
 import re
 import signal
+import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from api_server import ApiServer, Reply, completion
+from api_server import ApiServer, Reply, Request, completion
 from conftest import KEY, ROOT, first_time, keys_asked, read_rows, run
 
 import api
+import clients
+import steps
 import storage
 import tasks
+
+PRICES = ("--price_in", 1000, "--price_out", 10000)  # the usual reply: 10 and 5 tokens, $0.06
 
 # ---------------------------------------------------------------- 429: all workers pause
 
@@ -121,6 +130,7 @@ UNSUPPORTED = {
     [
         (429, {"message": "no money left", "code": "insufficient_quota"}),
         (401, {"message": f"wrong key {KEY}"}),
+        (402, {"message": "add credits"}),
         (403, {"message": "not for you"}),
         (404, {"message": "no model gpt-test"}),
         (400, UNSUPPORTED),
@@ -178,9 +188,44 @@ def test_handle_status_all_refused(server, ask):
     assert len(server.asked()) <= 5 + 4
 
 
+@pytest.mark.parametrize("code", [401, 402, "insufficient_quota"])
+def test_handle_refusal_in_200(server, ask, code):
+    """An error that no retry can mend stops the run in a 200, too, and costs nothing."""
+    error = {"error": {"code": code, "message": "no credit"}}
+    first_time(server, None, of=8, later=Reply(body=error))
+    message, out = ask(*PRICES)
+    assert "no credit" in message
+    assert len(storage.read_jsonl(ask.journal)) == 8
+    assert len(server.asked()) <= 8 + 4
+
+
+def test_handle_refusal_429_in_200(server, ask):
+    """A 429 in a 200 makes all workers pause, and is no attempt."""
+    first_time(server, Reply(body={"error": {"code": 429, "message": "slow"}}), of=4)
+    assert ask(*PRICES)[0] is None
+    assert {row["attempts"] for row in storage.read_jsonl(ask.journal)} == {1}
+    assert not ask.failures.exists()
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (422, {"detail": [{"loc": ["body", "n"], "msg": "too large"}]}, "422: body.n: too large"),
+        (404, {"error": "model 'x' not found, try pulling it"}, "404: model 'x' not found, try"),
+        (400, b"<html><b>Bad</b> gateway</html>", "400: Bad gateway"),
+        (400, {"error": {"message": "\x1b[2Jbad"}}, r"400: \x1b[2Jbad"),
+        (307, b"", "it redirects to http://h.test/v1: name that address with --base_url"),
+    ],
+)
+def test_read_refusal_words(server, ask, status, body, words):
+    """The server's words are told, whatever their form, and no order to the terminal is passed."""
+    headers = {"location": "http://h.test/v1"} if status == 307 else {}
+    server.answer = lambda request: Reply(status, body, headers)
+    assert words in ask()[0]
+
+
 # ---------------------------------------------------------------- what is worth another attempt
 
-PARTS = [{"index": 0, "message": {"content": [{"text": "a"}]}}]
 PASSING = {
     "500": Reply(500, {"error": {"message": "oops"}}),
     "503 HTML": Reply(503, b"<html>busy</html>", {"content-type": "text/html"}),
@@ -198,7 +243,6 @@ PASSING = {
     "no choices": Reply(body={"id": "x"}),
     "empty choices": Reply(body={"choices": []}),
     "no message": Reply(body={"choices": [{"index": 0}]}),
-    "message of parts": Reply(body={"choices": PARTS}),
     "not UTF-8": Reply(body=b'"\xff'),
     "deep": Reply(body=b"[" * 100_000),
 }
@@ -287,9 +331,6 @@ def test_read_usage_missing(server, ask, usage):
     assert metadata["usage"]["prompt_tokens"] == 170
 
 
-PRICES = ("--price_in", 1000, "--price_out", 10000)  # the usual reply: 10 and 5 tokens, $0.06
-
-
 def test_reserve_budget(server, ask):
     """The budget is never passed, and counts earlier runs."""
     usage = {"prompt_tokens": 200, "completion_tokens": 128}  # $1.48, the most
@@ -322,6 +363,162 @@ def test_reserve_unanswered(server, ask):
     message, _ = ask(*PRICES, "--max_cost", possible[0] + 1.3)
     assert "are spent, or may have been" in message
     assert len(server.asked()) == asked
+
+
+def test_bill_usage(server, ask):
+    """A 200 that cannot be used costs what its usage says, in later runs too."""
+    usage = {"prompt_tokens": 200, "completion_tokens": 80}  # $1
+    first_time(server, Reply(body={"choices": [], "usage": usage}), of=2)
+    _, out = ask(*PRICES)
+    assert "$3.2000" in out  # and 20 usual replies
+    [first, second] = storage.read_jsonl(ask.failures)
+    assert first["usage"] == usage
+    message, _ = ask(*PRICES, "--max_cost", 3.3, "--degree", 2, "--temperature", 0.7)
+    assert message is not None
+
+
+def test_bill_at_most(server, ask):
+    """Without usage it costs the most that was asked for."""
+    first_time(server, Reply(body=b'{"choices": ['), of=1)
+    ask(*PRICES, "--concurrency", 1)
+    [row] = storage.read_jsonl(ask.failures)
+    assert row["error"].startswith("a reply that is not JSON")
+    assert 1.28 < row["possible_cost"] < 2
+
+
+UNUSABLE = {"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_count_unusable_stops(server, ask, concurrency):
+    """Five equal replies in a row that cannot be used stop the run."""
+    server.answer = lambda request: Reply(body=UNUSABLE | {"id": len(server.log)})
+    message, out = ask(*PRICES, "--concurrency", concurrency)
+    assert "replies in a row could not be used: a reply without choices" in message
+    assert len(server.asked()) <= 5 + concurrency
+    assert f"${0.06 * len(server.asked()):.4f}" in out
+
+
+def test_count_unusable_one_question(server, ask):
+    """One question that always gets such replies does not stop the others."""
+    answer_question(server, tasks.load("toy")[3]["question"], Reply(body=UNUSABLE))
+    message, _ = ask("--concurrency", 1)
+    assert "1 of 20 completions are missing" in message
+    assert len(server.asked()) == 19 + 5
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_lose_connection(ask, scheme):
+    """A connection that cannot be made costs nothing, and the fifth in a row stops the run."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"{scheme}://127.0.0.1:{closed.getsockname()[1]}/v1"
+        message, _ = ask("--base_url", url, *PRICES, "--max_cost", 2)
+    assert message.startswith("error: no connection to the server: ")
+    assert "refused" in message
+    assert not ask.failures.exists() or "possible_cost" not in ask.failures.read_text()
+    assert "are spent" not in ask(*PRICES, "--max_cost", 2.9)[1]
+
+
+class Greeting(socketserver.BaseRequestHandler):
+    """Says something that is no TLS."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def test_lose_connection_tls(ask):
+    """A failed TLS handshake is such a connection."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Greeting) as plain:
+        threading.Thread(target=plain.serve_forever, daemon=True).start()
+        message, _ = ask("--base_url", f"https://127.0.0.1:{plain.server_address[1]}/v1")
+        plain.shutdown()
+    assert message.startswith("error: no connection to the server: ")
+    assert "SSL" in message
+
+
+def test_lose_connection_proxy(ask, monkeypatch):
+    """Where a proxy is used, a failure names it, without its password."""
+    monkeypatch.setenv("HTTP_PROXY", "http://me:secret@127.0.0.1:1")
+    message, _ = ask("--base_url", "http://h.test/v1")
+    assert "through the proxy http://127.0.0.1:1" in message
+    assert "secret" not in message
+
+
+def test_find_proxy_loopback(server, ask, monkeypatch):
+    """No proxy stands between us and this machine."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    assert ask()[0] is None
+    assert len(server.asked()) == 20
+
+
+def test_bounded_stream(server, ask, monkeypatch):
+    """A body that is too long is not read to its end."""
+    monkeypatch.setattr(clients, "MAX_REPLY_BYTES", 2000)
+    first_time(server, Reply(body=b" " * 3000))
+    assert ask()[0] is None
+    assert len(server.asked()) == 21
+    server.answer = lambda request: Reply(body=b" " * 3000)
+    message, _ = ask("--teacher_method", "zs_cot")
+    assert "a reply of more than 2000 bytes" in message
+
+
+def test_bounded_transport_compressed(server, ask):
+    """A compressed body may be a huge one: nobody asked for it."""
+    body = gzip.compress(b" " * 10_000_000)
+    server.answer = lambda request: Reply(body=body, headers={"content-encoding": "gzip"})
+    message, _ = ask()
+    assert "a compressed reply, though none was asked for" in message
+    assert server.log[0].headers["accept-encoding"] == "identity"
+
+
+FAULTY = [  # what a server answers, and what it bills, by itself: "at most" is unknown
+    (Reply(429, {"error": {"message": "slow"}}, {"retry-after-ms": "1"}), 0),
+    (Reply(500, {"error": {"message": "oops"}}), 0),
+    (Reply(503, b"<html>busy</html>"), 0),
+    (Reply(408, {}), 0),
+    (Reply(close=True), "at most"),
+    (Reply(reset=True), "at most"),
+    (Reply(body=b'{"choices": ['), "at most"),
+    (Reply(body={"error": {"code": 502, "message": "upstream"}}), "at most"),
+    (Reply(body={"error": {"code": 429, "message": "slow"}}), 0),
+    (Reply(body={"choices": [], "usage": {"prompt_tokens": 10, "completion_tokens": 0}}), 0.01),
+]
+
+
+@pytest.mark.parametrize("requests", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_spent_equals_bill(server, ask, monkeypatch, requests):
+    """With 30% faults of all kinds what was spent is what the server bills, to the cent."""
+    row = tasks.TASKS["toy"]._replace(n=requests, train=requests - 50, test=50)
+    monkeypatch.setitem(tasks.TASKS, "toy", row)
+    chance = random.Random(0)
+    bill = []
+    answered = collections.Counter()
+
+    def answer(request: Request) -> Reply:
+        reply, cost = Reply(body=completion(request)), 0.06
+        if chance.random() < 0.3:
+            reply, cost = chance.choice(FAULTY)
+        else:
+            answered[request.key] += 1
+        if cost == "at most":
+            prompt_tokens, completion_tokens = steps.token_upper_bound(request.body)
+            cost = prompt_tokens / 1000 + completion_tokens / 100
+        bill.append(cost)
+        return reply
+
+    server.answer = answer
+    flags = (*PRICES, "--concurrency", 16, "--max_attempts", 20)
+    limit = requests * 0.15
+    message, out = ask(*flags, "--max_cost", limit)
+    assert f"--max_cost {limit}" in message
+    assert sum(bill) <= limit + 16 * 2
+    message, out = ask(*flags)
+    assert message is None
+    assert abs(float(re.findall(r"\$([\d.]+)", out)[-1].rstrip(".")) - sum(bill)) < 0.005
+    assert set(answered.values()) == {1}
+    assert len(answered) == requests
 
 
 # ---------------------------------------------------------------- kills, locks, full disks
@@ -449,7 +646,7 @@ def test_run_ctrl_c(server, tmp_path):
     server.delay = 0.4
     flags = ("--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
     process = start(server, tmp_path, *flags)
-    wait_for_requests(server, 6)
+    wait_for_requests(server, 8)
     with open(f"/proc/{process.pid}/cmdline") as f:
         assert KEY not in f.read()
     process.send_signal(signal.SIGINT)
@@ -472,7 +669,7 @@ def test_run_sigterm(server, tmp_path):
     server.delay = 0.4
     flags = ("--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
     process = start(server, tmp_path, *flags)
-    wait_for_requests(server, 6)
+    wait_for_requests(server, 8)
     process.terminate()
     out, _ = process.communicate(timeout=60)
     [journal] = tmp_path.rglob("*.journal.jsonl")
@@ -518,7 +715,7 @@ def test_write_journal_full_disk(server, tmp_path):
 
 def test_api_key_flags():
     """No flag takes the key: the environment alone has it."""
-    text = run("finetune_cot.py", "--help").stdout
+    text = run("finetune_cot.py", "--help-all").stdout
     assert set(re.findall(r"--\w*key\w*", text)) == {"--train_key"}
 
 

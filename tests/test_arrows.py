@@ -17,24 +17,61 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
-LOW = {"storage", "tasks"}
+ANSWERS = {"candidates", "commitment", "plain_text", "rejection", "selection"}
+LOW = {"distributed", "storage", "tasks", "terminal"}
 STAGES = {"teacher", "train_loop", "evaluate"}  # none imports another
-PARTS = {"api", "batches", "checkpoints", "completions", "curation", "decoding"}  # of stages
+PARTS = {  # of stages
+    "api",
+    "batches",
+    "chats",
+    "checkpoints",
+    "completions",
+    "curation",
+    "decoding",
+    "distributed",
+    "models",
+    "provenance",
+    "terminal",
+    "tokens",
+}
+WIRE = {"replies", "servers"}  # of an API
 ALLOWED = {  # module: modules outside extras that it may import
     "storage": set(),
-    "tasks": {"storage"},
-    "flags": LOW,
+    "arguments": set(),
+    "terminal": {"storage"},
+    "hub": {"storage"},
+    "plain_text": set(),
+    "candidates": set(),
+    "rejection": {"candidates"},
+    "selection": {"candidates"},
+    "commitment": {"candidates", "rejection", "selection"},
+    "answers": ANSWERS | {"storage"},
+    "tasks": {"answers", "arguments", "storage"},
+    "provenance": LOW,
+    "parser": LOW | {"arguments", "provenance"},
+    "flags": LOW | {"completions", "curation", "parser", "provenance", "servers"},
     "data.toy": LOW,
     "completions": LOW,
-    "curation": LOW | {"completions"},
-    "data.prepare": LOW | {"completions"},
-    "api": LOW,
-    "teacher": LOW | {"api", "completions"},
-    "batches": LOW,
-    "checkpoints": LOW,
-    "train_loop": LOW | {"batches", "checkpoints"},
-    "decoding": LOW,
-    "evaluate": LOW | {"completions", "decoding"},
+    "curation": LOW | {"answers", "completions", "replies"},
+    "data.prepare": LOW | {"completions", "terminal"},
+    "replies": LOW,
+    "chats": LOW | WIRE,
+    "servers": LOW,
+    "clients": LOW | WIRE,
+    "api": LOW | WIRE | {"clients"},
+    "steps": LOW | {"api", "commitment", "completions", "plain_text", "replies"},
+    "teacher": LOW | {"api", "completions", "replies", "steps"},
+    "distributed": {"storage"},
+    "generation_settings": LOW,
+    "models": LOW | {"generation_settings", "hub"},
+    "tokens": LOW | {"distributed", "models"},
+    "batches": {"tokens"},
+    "packing": LOW | {"batches"},
+    "checkpoints": LOW | {"provenance"},
+    "decoding": LOW | {"generation_settings", "models"},
+    "rehearsal": LOW | {"batches", "decoding", "models", "packing", "tokens"},
+    "train_loop": LOW | {"batches", "checkpoints", "packing", "rehearsal", "tokens"},
+    "evaluate": LOW | {"completions", "decoding", "models", "terminal"},
     "finetune_cot": LOW | STAGES | PARTS | {"flags", "data.toy"},
 }
 SLOW = {"torch", "transformers", "tokenizers", "numpy", "openai", "matplotlib", "tqdm"}

@@ -20,6 +20,7 @@ import evaluate
 import finetune_cot
 import storage
 import tasks
+import terminal
 from storage import UserError
 
 QUESTIONS = [
@@ -242,7 +243,7 @@ def try_to_read(folder: Path, name: str, content: bytes) -> Any:
 
     Anything else that it raises fails the test.
     """
-    storage.escape_unencodable_output()  # as the command lines do
+    terminal.escape_unencodable_output()  # as the command lines do
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -80,11 +81,46 @@ def test_start_log_drops_what_came_after_the_checkpoint(tmp_path):
     assert [row.get("step") for row in log_rows(tmp_path)] == [None, 1]
 
 
+def test_start_log_names_another_computation(tmp_path, capsys):
+    """Resumed with other micro-batches, a run goes on, says what differs, and logs both."""
+    model = tiny_model("gpt2", dropout=0.1)
+    run = start_training(model, tiny_tokenizer(), tmp_path, epochs=2)
+    next(run)
+    run.close()
+    capsys.readouterr()
+    header = log_rows(tmp_path)[0]
+    given = header["arguments"] | {"micro_batch_size": 2, "packing": False}
+    header["arguments"] |= {"micro_batch_size": 8, "packing": True}
+    (tmp_path / "log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [header, *log_rows(tmp_path)[1:]])
+    )
+    checkpoints.start_log(tmp_path, 3, one_rank(), {}, given)
+    out = capsys.readouterr().out
+    assert "going on after step 3 with other micro_batch_size 8 -> 2, packing True -> False" in out
+    assert "dropout masks are not those of an unbroken run" in out
+    first, *rows = log_rows(tmp_path)
+    assert first["arguments"]["micro_batch_size"] == 8
+    assert [row["arguments"]["micro_batch_size"] for row in first["resumed"]] == [2]
+    assert first["resumed"][0]["step"] == 3
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+def test_start_log_names_threads(tmp_path, capsys):
+    """The number of threads changes rounding, so it is named, too; the same again is not."""
+    header = checkpoints.log_header(one_rank(), {}, {})
+    old = header | {"device": "cpu, 64 threads"}
+    (tmp_path / "log.jsonl").write_text(json.dumps(old) + "\n")
+    checkpoints.start_log(tmp_path, 1, one_rank(), {}, {})
+    assert f"device cpu, 64 threads -> {header['device']}" in capsys.readouterr().out
+    checkpoints.start_log(tmp_path, 1, one_rank(), {}, {})
+    assert capsys.readouterr().out == ""
+
+
 def test_log_every_prints_a_line_for_every_so_many_steps(tmp_path, capsys):
     train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=1, log_every=1)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    epoch")]
     assert len(lines) == 4  # 3 steps and the epoch
-    assert "label tokens/s" in lines[0]
+    assert re.search(r"loss \d\.\d{4}  [\d,]+ tokens/s  [\d.]+ s, about \d+ s left", lines[0])
 
 
 # ---------------- Resuming
@@ -101,7 +137,8 @@ def test_load_checkpoint_resumes_to_the_same_bits(kind, tmp_path):
     next(run)
     run.close()
     # a step of the third epoch that was logged and lost
-    checkpoints.append_log(stopped, {"step": 7, "epoch": 3, "loss": 99.0}, one_rank())
+    with checkpoints.open_log(stopped, one_rank()) as log:
+        log({"step": 7, "epoch": 3, "loss": 99.0})
     torch.manual_seed(12345)  # whatever the random state of the new process is
     model = tiny_model(kind, dropout=0.1)
     for p in model.parameters():

@@ -202,6 +202,31 @@ def test_print_report(tmp_path, capsys):
     assert "Everything is under saved/" in text
 
 
+def test_print_report_counts_questions(tmp_path, capsys):
+    """Several answers to a question are no more questions."""
+    file = completion_file(tmp_path / "a.json")
+    content = storage.read_json(file)
+    for rows in content["data"].values():
+        rows += [rows[0] | {"completion_index": k} for k in (1, 2, 3)]
+    storage.write_json(file, content)
+    evaluate.print_report([evaluate.score(file)], "gpt2", 0, "saved")
+    text = capsys.readouterr().out
+    assert "Toy Coins, 600 test questions x 4 answers, student gpt2" in text
+
+
+def test_score_of_the_split_of_a_file(tmp_path):
+    """Without --split a file is scored on the split that it was made for."""
+    train, test = tasks.default_split("toy")
+    split = {"train": train + test[3:], "test": test[:3]}
+    storage.write_json(tmp_path / "split/toy__template.json", split)
+    file = completion_file(tmp_path / "a.json")
+    content = storage.read_json(file)
+    content["metadata"]["split"] = "template"
+    storage.write_json(file, content)
+    assert evaluate.score(file, data_dir=tmp_path)["n"] == 3
+    assert evaluate.score(file, split="default", data_dir=tmp_path)["n"] == 600
+
+
 def test_score_command_json(tmp_path, capsys):
     """`score --json` prints an object for each file."""
     paths = [str(completion_file(tmp_path / f"{i}.json")) for i in (1, 2)]

@@ -5,6 +5,7 @@
 --slow adds the default run at its real size, whose table the README shows.
 """
 
+import math
 import os
 import re
 import shutil
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, contents, run, tiny_model
 
+import checkpoints
 import completions
 import decoding
 import storage
 import tasks
+import train_loop
 
 # ---- the default run
 
@@ -50,9 +53,52 @@ def test_main_reports_both_methods(small_toy, tmp_path, method):
     assert all(row[2].endswith("/18") for row in TABLE_ROW.findall(out))
     assert "completion of" in out
     assert f"Everything is under {tmp_path}/" in out
-    kept, total = re.search(r"kept (\d+) of (\d+) rationales", out).groups()
+    kept, total = re.search(r"the (\d+) of (\d+) rationales", out).groups()
     assert total == "84"
     assert 50 < int(kept) < 84
+
+
+STAGES = [  # one plain sentence each, in this order
+    "1/4 sample: the teacher toy explains its answers, 60 questions x 2 rationales",
+    "2/4 curate: taking the 42 training questions with their answers alone",
+    "2/4 curate: keeping the",
+    "3/4 train (ft): fine-tuning the student toy",
+    "4/4 evaluate (ft): the student answers 18 questions",
+    "3/4 train (ft_cot): fine-tuning the student toy",
+    "4/4 evaluate (ft_cot): the student answers 18 questions",
+]
+
+
+def test_main_says_what_each_stage_does(small_toy, tmp_path, method, monkeypatch):
+    """The first minute: a sentence a stage, the teacher's accuracy, the time left, no long line."""
+    monkeypatch.chdir(tmp_path)
+    _, out = method("--saved saved")
+    lines = out.splitlines()
+    said = [line for line in lines if re.match(r"\d/4 ", line)]
+    assert len(said) == len(STAGES)
+    assert all(map(str.startswith, said, STAGES))
+    assert re.search(r"whose answer is right \(the teacher's own accuracy: \d\d\.\d%\)$", out, re.M)
+    epoch = r"^    epoch 1 of 2  step \d+  loss [\d.]+  [\d,]+ tokens/s  .* s, about \d+ s left$"
+    assert len(re.findall(epoch, out, re.M)) == 2
+    assert max(map(len, lines)) <= 120
+
+
+def test_main_counts_the_time_of_the_students_to_come(small_toy, tmp_path, method, monkeypatch):
+    """The time left is that of the whole command: with ft, also of ft_cot."""
+    steps = []
+    describe_steps = checkpoints.describe_steps
+
+    def spy(rows: list, epochs: int, total: int, seconds: float) -> str:
+        """Remember the steps of the whole command."""
+        steps.append(total)
+        return describe_steps(rows, epochs, total, seconds)
+
+    monkeypatch.setattr(train_loop, "describe_steps", spy)
+    _, out = method(f"--saved {tmp_path} --max_new_tokens 4")
+    kept = int(re.search(r"the (\d+) of 84 rationales", out)[1])
+    ft = 2 * 6  # two epochs of 42 samples in batches of 8
+    ft_cot = 2 * math.ceil(kept / 8)
+    assert steps == [ft + ft_cot, ft + ft_cot, ft_cot, ft_cot]
 
 
 def test_main_writes_every_stage(small_toy, tmp_path, method):
@@ -127,7 +173,7 @@ def test_evaluate_plain_writes_same_bytes(small_toy, tmp_path, method):
 
 CHANGES = [
     ("--teacher_max_new_tokens 64", "sample", "max_new_tokens 128 -> 64"),
-    ("--lr 0.01", "train", "lr 0.001 -> 0.01"),
+    ("--lr 0.01", "train", "lr 0.004 -> 0.01"),
     ("--max_new_tokens 40", "evaluate", "max_new_tokens 48 -> 40"),
 ]
 SLOW_CHANGES = [
@@ -156,13 +202,14 @@ def test_sample_changed_questions_are_asked_again(small_toy, tmp_path, method, m
     assert "settings changed (samples" in out
 
 
-def test_sample_other_degree_keeps_the_old_file(small_toy, tmp_path, method):
-    """Completions of another degree are moved to a backup, not overwritten."""
-    for degree in (3, 1):
-        method(f"--saved {tmp_path} --stage sample --degree {degree}")
+def test_sample_other_settings_keep_the_old_file(small_toy, tmp_path, method):
+    """Completions made with other settings are moved to a backup, not overwritten."""
+    for limit in (128, 64):
+        method(f"--saved {tmp_path} --stage sample --teacher_max_new_tokens {limit}")
     path = tmp_path / FILES[0]
-    assert len(completions.read_completions(path)[1]) == 60
-    assert len(completions.read_completions(path.with_name("D_toy.json.old1"))[1]) == 180
+    old = completions.read_completions(path.with_name("D_toy.json.old1"))[0]["settings"]
+    assert old["max_new_tokens"] == 128
+    assert completions.read_completions(path)[0]["settings"]["max_new_tokens"] == 64
 
 
 def test_train_keeps_the_old_student(small_toy, tmp_path, method):
@@ -230,6 +277,33 @@ def test_train_drops_samples_that_are_too_long(tmp_path, method, model_folder):
     assert message is None
     dropped = "dropped 1 of 2 samples that are longer than 50 tokens (or than the model)"
     assert f"{dropped}: sample_index 7" in out
+
+
+# ---- what is said, or refused, before anything is computed
+
+
+@pytest.mark.parametrize("share, n", [(0.1, 4), (0.95, 8)])
+def test_main_refuses_an_empty_part(small_toy, tmp_path, method, share, n):
+    """A validation share of no question, or of all, is refused before the teacher is asked."""
+    flags = f"--validation {share} --split few_shot_{n} --eval_every 1 --keep_best"
+    message, _ = method(f"--saved {tmp_path} {flags}")
+    assert f"--validation {share} is a share of the training samples, " in message
+    assert "both parts need some" in message
+    assert contents(tmp_path) == {}
+
+
+def test_main_names_a_template_that_is_not_there(small_toy, tmp_path, method, monkeypatch):
+    """With a label style that ft has no template of, the run says which one it takes."""
+    template = {"decoder": ("{q}\nLet us see.", " {r}\nSo: {a}")}
+    monkeypatch.setitem(tasks.TEMPLATES, "ft_cot_steps", template)
+    monkeypatch.setitem(tasks.ANSWER_PREFIXES, "ft_cot_steps", "So:")
+    monkeypatch.setattr(tasks, "LABEL_STYLES", [*tasks.LABEL_STYLES, "steps"])
+    flags = f"--saved {tmp_path} --label_style steps"
+    for stage in ("sample", "curate"):
+        _, out = method(f"{flags} --stage {stage}")
+    said = "there is no template ft_steps, so ft is trained and asked with ft_token"
+    assert out.count(said) == 1
+    assert "ft_cot is trained and asked with" not in out
 
 
 # ---- evaluation while training
@@ -312,7 +386,7 @@ def test_curate_published_completions(shared, published, tmp_path):
     """The rationales that are kept are those of the published fine-tuning file, in its order."""
     message, out = published("--method ft_cot")
     assert message is None
-    assert "kept 323 of 420 rationales (76.9%)" in out
+    assert "keeping the 323 of 420 rationales whose answer is right" in out
     data = storage.read_finetune_data(tmp_path / CURATED)
     theirs = storage.read_jsonl(shared / "saved/finetune_data/P_openai/F_zs_cot_multiarith.jsonl")
     assert [row["prompt"].replace("\n\n###\n\n", " ###") for row in theirs] == data["input"]

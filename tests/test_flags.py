@@ -3,14 +3,16 @@
 python -m pytest tests/test_flags.py
 """
 
+import re
 import shlex
 import time
 from argparse import Namespace
 
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 import flags
+import parser
 from storage import UserError
 
 
@@ -28,8 +30,6 @@ def parse(line: str) -> Namespace:
 
 # ---- parse_args
 
-COMMON_FLAGS = """--task --teacher --student --method --degree --temperature --epochs --lr
-    --batch_size --seed --precision --stage --saved --data""".split()
 DEFAULTS = [  # the paper's, and the toy's
     ("--task gsm8k", "lr", 3e-4),
     ("--task gsm8k", "batch_size", 8),
@@ -46,7 +46,7 @@ DEFAULTS = [  # the paper's, and the toy's
     ("", "method", ["ft", "ft_cot"]),
     ("", "teacher", "toy"),
     ("", "degree", 2),
-    ("", "lr", 1e-3),
+    ("", "lr", 4e-3),
     ("--stage train --finetune_data f --out o", "lr", 3e-4),
     ("--stage train --finetune_data f --out o", "student", "gpt2"),
     ("--batch_size 4", "micro_batch_size", 4),
@@ -69,11 +69,78 @@ def test_help_is_fast():
     assert min(seconds) < 0.5
 
 
-def test_help_names_every_flag():
-    """--help names the flags that a first run may want, and says what their defaults are."""
-    text = run("finetune_cot.py", "--help").stdout
-    assert [flag for flag in COMMON_FLAGS if flag not in text] == []
-    assert "default 3e-4" in text
+def help_text(flag: str, capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as end:
+        flags.parse_args([flag])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_is_what_a_first_run_needs(capsys):
+    """--help names a few flags, and how to see the others."""
+    text = help_text("--help", capsys)
+    assert re.findall(r"^  (--\w+) ", text, re.M) == [f"--{name}" for name in parser.BASIC]
+    assert "--help-all" in text
+    assert len(text.splitlines()) < 60
+
+
+def test_help_all_names_every_flag(capsys):
+    """--help-all names all flags, none with a list of choices that fills the line."""
+    text = help_text("--help-all", capsys)
+    names = [f"--{name}" for name in vars(parse("")) if name != "sample_degree"]
+    assert [name for name in names if name not in text] == []
+    assert max(map(len, re.findall(r"^  (--.*?)(?:  |$)", text, re.M))) <= 50
+
+
+BARE_DEFAULTS = ["epochs", "lr", "degree", "batch_size", "max_new_tokens", "warmup", "schedule"]
+
+
+@pytest.mark.parametrize("name", BARE_DEFAULTS)
+def test_help_all_names_the_default_of_the_bare_command(name, capsys):
+    """What --help-all calls the toy's default is what a run without flags has."""
+    text = " ".join(help_text("--help-all", capsys).split())
+    about = text.partition(f" --{name} ")[2][:160]
+    value = re.search(r"default (?:toy )?([\w.-]+)", about)[1]
+    assert str(getattr(parse(""), name)) in (value, str(float(value)) if value[0].isdigit() else "")
+
+
+WRONG = [
+    ("--epoch 3", "unrecognized arguments: --epoch (did you mean --epochs?)"),
+    ("--studnet=x", "--studnet=x (did you mean --student?)"),
+    ("--stud x", "--stud (did you mean --study?)"),  # no silent abbreviation
+    ("--method ftcot", "no 'ftcot' (did you mean ft_cot?)"),
+    ("--degree two", "invalid int value: 'two'"),
+]
+
+
+@pytest.mark.parametrize("line, message", WRONG)
+def test_parse_args_suggests_the_nearest(line, message, capsys):
+    """A wrong flag, or a wrong name behind it, is answered with the nearest right one."""
+    with pytest.raises(SystemExit) as end:
+        flags.parse_args(line.split())
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["--seeds 0 1", "--seeds 0,1", "--seed=0,1", "--seed 0, 1"])
+def test_parser_lists(line):
+    """Several values stand behind a flag with spaces or with commas."""
+    assert parser.make_parser("").parse(line.split()).seed == [0, 1]
+
+
+def test_parser_lists_leave_paths_alone(tmp_path):
+    """A folder whose name has a comma is one value."""
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    assert parser.make_parser("").parse(["--student", str(folder)]).student == [str(folder)]
+
+
+def test_default_folders_are_the_project_s(monkeypatch, tmp_path):
+    """Wherever a command is started, --saved and --data mean the same folders."""
+    monkeypatch.chdir(tmp_path)
+    assert (parse("").saved, parse("").data) == (str(ROOT / "saved"), str(ROOT / "data"))
+    monkeypatch.chdir(ROOT)
+    assert (parse("").saved, parse("").data) == ("saved", "data")
 
 
 @pytest.mark.parametrize("line, name, value", DEFAULTS)

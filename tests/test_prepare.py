@@ -639,7 +639,7 @@ def test_interrupt_import(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "import_completions", stop)
-    with pytest.raises(SystemExit, match="interrupted: run the same command again"):
+    with pytest.raises(SystemExit, match="interrupted: .* start the same command again"):
         prepare.main(["--completions", str(tmp_path / "a.tar.gz")])
 
 
@@ -679,7 +679,7 @@ def riddles(world, monkeypatch, tmp_path) -> Path:
     monkeypatch.setitem(
         tasks.TASKS,
         "riddles",
-        tasks.TASKS["toy"]._replace(key="riddles", n=999, train=0, test=0, split="random"),
+        tasks.TASKS["toy"]._replace(key="riddles", n=20, train=14, test=6, split="random"),
     )
     path = tmp_path / "dataset/riddles.json"
     storage.write_atomic(path, built("riddles", [(f"Riddle {i}?", "yes") for i in range(20)]))
@@ -704,7 +704,7 @@ def test_added_task_split(riddles, tmp_path, monkeypatch):
 def test_added_task_ordered_split(riddles, tmp_path, monkeypatch):
     """Added task may have an ordered split."""
     monkeypatch.setitem(
-        tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(train=15, split="ordered")
+        tasks.TASKS, "riddles", tasks.TASKS["riddles"]._replace(train=15, test=5, split="ordered")
     )
     assert run(tmp_path, "riddles") == 0
     assert tasks.load_split("riddles", data_dir=tmp_path) == (list(range(15)), list(range(15, 20)))
@@ -717,6 +717,17 @@ def test_added_task_too_few_samples(riddles, tmp_path, capsys, monkeypatch):
     )
     assert run(tmp_path, "riddles") == 1
     assert "has 20 samples" in error_of(capsys)
+    assert not (tmp_path / "split").exists()
+
+
+def test_added_task_of_other_sizes(riddles, tmp_path, capsys, monkeypatch):
+    """A row of TASKS that says other sizes than the file has is named, with both."""
+    row = tasks.TASKS["riddles"]._replace(n=60, train=42, test=18)
+    monkeypatch.setitem(tasks.TASKS, "riddles", row)
+    assert run(tmp_path, "riddles") == 1
+    error = error_of(capsys)
+    assert "riddles.json has 20 samples, 14 to train and 6 to test" in error
+    assert "its row of TASKS says 60, 42 and 18" in error
     assert not (tmp_path / "split").exists()
 
 

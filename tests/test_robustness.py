@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import GenerationMixin
 
-import finetune_cot
+import curation
 import storage
 import tasks
 
@@ -163,7 +163,7 @@ def test_train_killed_before_old_completions_are_moved(small_toy, tmp_path, meth
 
 def test_train_refuses_a_file_that_another_run_replaced(small_toy, tmp_path, method, monkeypatch):
     """A run trains on the file that it curated, or not at all."""
-    curate = finetune_cot.curate
+    curate = curation.curate
     folder = tmp_path / "finetune_data/P_decoder"
 
     def curate_beside_another_run(*values: Any, **options: Any) -> Any:
@@ -172,7 +172,7 @@ def test_train_refuses_a_file_that_another_run_replaced(small_toy, tmp_path, met
             (folder / "F_ft_toy.json").write_text("another's")
         return result
 
-    monkeypatch.setattr(finetune_cot, "curate", curate_beside_another_run)
+    monkeypatch.setattr(curation, "curate", curate_beside_another_run)
     message, _ = method(f"--saved {tmp_path} {SMALL}")
     assert "F_ft_toy.json was replaced by another run since it was curated" in message
 
@@ -429,6 +429,14 @@ main(["--stage", "sample", "--saved", sys.argv[2]])
 """
 
 
+def test_main_from_another_folder(tmp_path):
+    """Wherever it is started, what is missing is named by its whole path."""
+    command = [ROOT / "finetune_cot.py", "--task", "multiarith", "--stage", "curate"]
+    done = run(*command, "--data", "d", "--method", "ft", cwd=tmp_path)
+    assert f"error: {tmp_path}/d/split/multiarith__default.json is missing" in done.stderr
+    assert "`python data/prepare.py multiarith --data d`" in done.stderr
+
+
 def test_main_no_permission(tmp_path):
     """A folder that cannot be written to is named."""
     if os.geteuid() != 0:
@@ -439,7 +447,9 @@ def test_main_no_permission(tmp_path):
             os.chmod(folder, 0o755)
             done = run("-c", AS_NOBODY, tmp_path, f"{folder}/saved")
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*Permission denied: '.*saved.*'\n", done.stderr), done.stderr
+    assert re.fullmatch(
+        r"error: .*Permission denied: '.*saved.*': choose .* --saved .*\n", done.stderr
+    ), done.stderr
 
 
 def test_main_killed_twice(tmp_path):
@@ -478,7 +488,7 @@ def test_main_interrupted(tmp_path, method, model_folder):
     flags = f"--stage train {files} --out {tmp_path}/out --epochs 4"
     process = start("finetune_cot.py", *flags.split(), stderr=subprocess.PIPE)
     for line in process.stdout:
-        if line.startswith("epoch   1  step"):
+        if line.startswith("    epoch 1 of 4"):
             process.send_signal(signal.SIGINT)
             break
     _, errors = process.communicate(timeout=60)

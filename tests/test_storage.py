@@ -19,6 +19,7 @@ import evaluate
 import finetune_cot
 import storage
 import tasks
+import terminal
 from storage import UserError
 
 
@@ -98,14 +99,6 @@ def test_read_jsonl_malformed(tmp_path):
 def test_replace_lone_surrogates_makes_text_encodable():
     """Half a character becomes a question mark, a whole one stays."""
     assert storage.replace_lone_surrogates("a\ud83d \U0001f600") == "a? \U0001f600"
-
-
-def test_escape_unencodable_output_prints_numbers(monkeypatch):
-    """What the terminal cannot show is printed as its number."""
-    code = "import storage; storage.escape_unencodable_output(); print('caf\\u00e9 \\u2028')"
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    printed, _ = run_python(code).communicate()
-    assert printed == "caf\\xe9 \\u2028\n"
 
 
 def test_import_is_light():
@@ -344,14 +337,6 @@ def test_out_of_memory_hint_other_errors():
         raise RuntimeError("shapes")
 
 
-def test_peer_failure_message():
-    """A rank whose peer has died says so; other errors are raised again."""
-    message = storage.peer_failure_message(RuntimeError("[gloo] Connection closed by peer"))
-    assert message.startswith("error: another rank has ended")
-    with pytest.raises(RuntimeError, match="shapes"):
-        storage.peer_failure_message(RuntimeError("shapes"))
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -391,18 +376,6 @@ def test_fingerprint_is_stable():
     template = [["{q} ###", " {a}"], "\nTherefore, the answer is"]
     assert storage.fingerprint(template) == "5d5f8d982d70ca04"
     assert storage.fingerprint({"b": 1, "a": 2}) == storage.fingerprint({"a": 2, "b": 1})
-
-
-def test_model_fingerprint_of_a_folder(tmp_path):
-    """It changes with a file's size and ends, not with files that are no part of a model."""
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
-    first = storage.model_fingerprint(str(tmp_path))
-    (tmp_path / "notes.txt").write_text("x")
-    assert storage.model_fingerprint(str(tmp_path)) == first
-    for content in (bytes((3 << 20) - 1) + b"x", b"x" + bytes((3 << 20) - 1), bytes(3)):
-        (tmp_path / "model.safetensors").write_bytes(content)
-        assert storage.model_fingerprint(str(tmp_path)) != first
-    assert storage.model_fingerprint("google/flan-t5-base") == "google/flan-t5-base"
 
 
 def test_settings_match_prints_changes(capsys):
@@ -472,7 +445,46 @@ def test_read_finetune_data_both_forms(tmp_path):
     assert storage.read_finetune_data(tmp_path / "f.jsonl") == expected
 
 
+CHAT = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 3?"}]
+FINETUNE_LINES = [  # what JSON lines may be, and the prompt and label that they give
+    ({"prompt": "2 + 3 ###", "completion": " 5"}, "2 + 3 ###", " 5"),
+    ({"messages": [*CHAT, {"role": "assistant", "content": "5"}]}, "Add.\n2 + 3?\n", "5"),
+]
+
+
+@pytest.mark.parametrize("line, prompt, label", FINETUNE_LINES)
+def test_read_finetune_data_json_lines(tmp_path, line, prompt, label):
+    """Ordinary JSON lines are fine-tuning data; samples without a number are numbered."""
+    path = tmp_path / "f.jsonl"
+    path.write_text(f"{json.dumps(line)}\n" * 2)
+    data = storage.read_finetune_data(path)
+    assert data == {"sample_index": [0, 1], "input": [prompt] * 2, "label": [label] * 2}
+
+
+def test_read_finetune_data_keeps_the_numbers_of_json_lines(tmp_path):
+    """A sample_index of the user's own is kept."""
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "sample_index": 7}')
+    assert storage.read_finetune_data(path)["sample_index"] == [7]
+
+
+def test_read_finetune_data_columns_without_numbers(tmp_path):
+    """Columns need no sample_index either."""
+    (tmp_path / "f.json").write_text('{"input": ["a", "b"], "label": ["c", "d"]}')
+    assert storage.read_finetune_data(tmp_path / "f.json")["sample_index"] == [0, 1]
+
+
+def test_changed_settings_says_hashes_in_words():
+    """What is only a hash in settings is named by what it is of."""
+    old = {"source": "ab12", "lr": 0.1, "seed": 0}
+    new = {"source": "cd34", "lr": 0.2, "seed": 0}
+    text = storage.changed_settings(old, new, sorted(new))
+    assert text == "lr 0.1 -> 0.2, source (the file it was made from)"
+
+
 FINETUNE_ERRORS = [
+    ("f.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "row 1 needs"),
+    ("f.jsonl", '{"messages": [1, 2]}', "row 1 needs"),
     ("f.json", '{"sample_index": [0], "input": ["a"]}', "is not a fine-tuning file"),
     ("f.json", '{"sample_index": [0], "input": ["a"], "label": []}', "is not a fine-tuning file"),
     ("f.json", '{"sample_index": [0], "input": [1], "label": ["a"]}', "is not a fine-tuning file"),
@@ -617,24 +629,14 @@ def test_read_prompts_no_prompt(tmp_path, line):
 # ---------------------------------------------------------------- ranks
 
 
-def test_ranks_default_is_the_only_one(capsys):
-    """A process that is alone runs everything and prints."""
-    ranks = storage.Ranks()
-    assert (ranks.is_rank0, ranks.world_size, ranks.device) == (True, 1, None)
-    assert storage.on_rank0(ranks, lambda: 7) == 7
-    storage.print0(ranks, "hello")
-    storage.print0(storage.Ranks(rank=1, world_size=2), "not this")
-    assert capsys.readouterr().out == "hello\n"
-
-
 TWO_RANKS = """
-import sys, storage, torch.distributed as dist
+import sys, distributed, torch.distributed as dist
 rank = int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
 calls = []
-ranks = storage.Ranks(rank, 2)
-result = storage.on_rank0(ranks, lambda: calls.append(1) or {"from": rank})
-storage.print0(ranks, "once")
+ranks = distributed.Ranks(rank, 2)
+result = distributed.on_rank0(ranks, lambda: calls.append(1) or {"from": rank})
+distributed.print0(ranks, "once")
 print(result, calls)
 dist.destroy_process_group()
 """
@@ -650,10 +652,10 @@ def test_on_rank0_of_two(tmp_path):
 def test_progress_without_a_terminal(capsys, monkeypatch):
     """A line every ten seconds, and all items."""
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr(storage.time, "monotonic", lambda: next(clock))
-    assert list(storage.progress(iter("abcde"), "sample", total=5)) == list("abcde")
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    assert list(terminal.progress(iter("abcde"), "sample", total=5)) == list("abcde")
     assert capsys.readouterr().err == "sample: 1 of 5, 12 s\nsample: 3 of 5, 24 s\n"
-    assert list(storage.progress("abcde", "sample", show=False)) == list("abcde")
+    assert list(terminal.progress("abcde", "sample", show=False)) == list("abcde")
     assert capsys.readouterr().err == ""
 
 
@@ -683,21 +685,33 @@ def texts_below(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--stage", "sample"],
-        ["--stage", "curate"],
-        ["--stage", "curate", "--method", "ft"],
-        pytest.param(CURATE_CHAT, marks=NEEDS_EXTRAS),
-        ["--stage", "sample", *NOWHERE],
-    ],
-)
+@pytest.mark.parametrize("flags", [["--stage", "sample"], ["--stage", "sample", *NOWHERE]])
 def test_old_files_are_current(old_saved, flags, capsys):
-    """Every stage finds its file and the settings it was made with, and leaves all as it is."""
+    """A teacher's file is found with the settings it was made with, and all is left as it is."""
     finetune_cot.main([*OLD_FLAGS, "--saved", str(old_saved), *flags])
     assert "is there, made with the same settings: skipped" in capsys.readouterr().out
     assert texts_below(old_saved) == OLD_FILES
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stage", "curate"],
+        ["--stage", "curate", "--method", "ft"],
+        pytest.param(CURATE_CHAT, marks=NEEDS_EXTRAS),
+    ],
+)
+def test_old_curated_files_are_made_again(old_saved, flags, capsys):
+    """They do not say which code chose their samples, so it chooses anew: here, the same bytes."""
+    finetune_cot.main([*OLD_FLAGS, "--saved", str(old_saved), *flags])
+    assert (
+        "settings changed (code (the code that chooses and writes samples))"
+        in capsys.readouterr().out
+    )
+    texts = texts_below(old_saved)
+    assert texts.keys() == OLD_FILES.keys()
+    changed = [name for name in texts if texts[name] != OLD_FILES[name]]
+    assert [name.endswith(".made_from.json") for name in changed] == [True]
 
 
 def test_old_journal_is_read(old_saved):

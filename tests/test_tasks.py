@@ -101,7 +101,7 @@ NUMBERS = [  # template, completion, what a careful person reads
     (NONE, "none at all", None),
     (NONE, "", None),
     (ARROW, "I do not know -->", None),
-    (NONE, " 3-4 apples, so 4", 3),
+    (NONE, " 3-4 apples, so 4", 4),
     (ARROW, "from 10-3 he gets 7", 7),
     (NONE, "The answer is that 11 + 11 makes a total of 22 eggs.", 22),
 ]
@@ -441,9 +441,8 @@ HEAVY = [
 HEAVY_TASKS = ("svamp", "last_letter_concatenation", "gsm8k", "aqua", "coin_flip")
 
 
-@pytest.mark.parametrize("rules", ["paper", "flexible"])
 @amount(50_000, 10_000_000)
-def test_grade_ten_megabytes(cases, rules):
+def test_grade_ten_megabytes(cases):
     """A completion of ten megabytes is graded within two seconds."""
     kinds = HEAVY_TASKS
     if cases < 10**6:
@@ -451,7 +450,7 @@ def test_grade_ten_megabytes(cases, rules):
     for piece in HEAVY:
         text = piece * (cases // len(piece.encode()))
         for task in kinds:
-            timed(tasks.grade, task, "ft_cot_token", text, ORACLES[task][2][0], rules)
+            timed(tasks.grade, task, "ft_cot_token", text, ORACLES[task][2][0], "paper")
 
 
 # ---------------------------------------------------------------- the table and its splits
@@ -552,11 +551,11 @@ def test_split_off_validation_share(share, size):
     assert share == 0 or validation != tasks.split_off_validation(train, share, 2)[1]
 
 
-@pytest.mark.parametrize("share", [-0.1, 1, 2])
-def test_split_off_validation_refuses(share):
-    """Something must be left to train on."""
+@pytest.mark.parametrize("share, n", [(-0.1, 2), (1, 2), (2, 2), (0.1, 4), (0.95, 8)])
+def test_split_off_validation_refuses(share, n):
+    """Something must be left on both sides: 0.1 of 4 rounds to none, 0.95 of 8 to all."""
     with pytest.raises(UserError, match="is a share of the training samples"):
-        tasks.split_off_validation([1, 2], share, 0)
+        tasks.split_off_validation(list(range(n)), share, 0)
 
 
 # ---------------------------------------------------------------- loading
@@ -586,9 +585,15 @@ def test_load_wrong_form(tmp_path, content, message):
         tasks.load("multiarith", tmp_path)
 
 
+def test_load_split_suggests_the_nearest(tmp_path):
+    """A split that is nearly one of the known is answered with that one."""
+    with pytest.raises(UserError, match=r"is missing \(did you mean few_shot_32\?\)"):
+        tasks.load_split("multiarith", "fewshot_32", tmp_path)
+
+
 def test_load_missing(tmp_path):
     """A missing dataset or split names the command that makes it."""
-    command = "is missing: make it with `python data/prepare.py multiarith`"
+    command = "is missing: make it with `python data/prepare.py multiarith --data"
     with pytest.raises(UserError, match=f"dataset/multiarith.json {command}"):
         tasks.load("multiarith", tmp_path)
     with pytest.raises(UserError, match=f"multiarith__template.json {command}"):

@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_server import ApiServer, Reply, Request, completion
@@ -218,6 +220,235 @@ def test_record_old_format(server, ask, key):
         assert path.read_bytes() == (RECORDED / key / path.name).read_bytes()
 
 
+def test_with_limit(server, ask):
+    """Chat teachers have a larger default than the paper's; its own strings have the paper's."""
+    del ask.flags["--teacher_max_new_tokens"]
+    assert ask()[0] is None
+    assert server.log[-1].body["max_completion_tokens"] == 1024
+    assert ask("--api", "completions")[0] is None
+    assert server.log[-1].body["max_tokens"] == 128
+
+
+def test_with_limit_old_journal(server, ask):
+    """A journal that was begun with the paper's limit goes on with it."""
+    del ask.flags["--teacher_max_new_tokens"]
+    file = ask.completion_file("zs_cot_t70")
+    shutil.copytree(RECORDED / "zs_cot_t70", file.parent)
+    file.unlink()
+    assert ask(*OLD_FLAGS, *OLD_RUNS["zs_cot_t70"])[0] is None
+    assert not server.log
+
+
+# ---------------------------------------------------------------- how a request is made
+
+
+def test_request_parameters_extra(server, ask, monkeypatch):
+    """Parameters, a system's turn and headers are sent, in both steps."""
+    monkeypatch.setenv("AZURE_KEY", "sk-other-secret")
+    more = ("--reasoning_effort", "low", "--top_p", 0.9, "--extra_body", '{"top_k": 20}')
+    more += ("--system", "Be brief.", "--extra_headers", "api-key=AZURE_KEY")
+    assert ask("--teacher_method", "zs_cot", *more)[0] is None
+    assert len(server.asked()) == 40
+    for request in server.log:
+        assert request.body["reasoning_effort"] == "low"
+        assert request.body["top_p"] == 0.9
+        assert request.body["top_k"] == 20
+        assert request.body["messages"][0] == {"role": "system", "content": "Be brief."}
+        assert request.headers["api-key"] == "sk-other-secret"
+    written = [path.read_text() for path in ask.file.parent.parent.rglob("*.json*")]
+    assert "sk-other-secret" not in "".join(written)
+    assert "api-key=AZURE_KEY" in "".join(written)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--reasoning_effort", "low"),
+        ("--top_p", 0.9),
+        ("--extra_body", '{"top_k": 20}'),
+        ("--system", "Be brief."),
+        ("--extra_headers", "x-mode=MODE"),
+    ],
+)
+def test_completion_key_parameters(server, ask, monkeypatch, more):
+    """What is sent is part of the key; without it the old answers are found again."""
+    monkeypatch.setenv("MODE", "fast-mode")
+    ask()
+    assert ask(*more)[0] is None
+    assert len(server.asked()) == 40
+    ask()
+    assert len(server.asked()) == 40
+
+
+def test_make_client_without_key(server, ask, monkeypatch):
+    """Without a key no Authorization header is sent: some servers refuse an empty one."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert ask()[0] is None
+    assert "authorization" not in server.log[0].headers
+
+
+def test_words_hide_extra_headers(server, ask, monkeypatch):
+    """A server that repeats the value of an extra header does not make us show it."""
+    monkeypatch.setenv("AZURE_KEY", "sk-other-secret")
+    server.answer = lambda request: Reply(401, {"error": "bad key sk-other-secret"})
+    message, out = ask("--extra_headers", "api-key=AZURE_KEY")
+    assert "bad key [key]" in message
+    assert "sk-other-secret" not in f"{message}{out}{ask.err}"
+
+
+def test_make_client_redirect(server, ask):
+    """A redirect to another host is not followed: nothing is sent there."""
+    with ApiServer() as other:
+        location = {"location": f"{other.url}/chat/completions"}
+        server.answer = lambda request: Reply(308, b"", location)
+        message, _ = ask("--concurrency", 1)
+        assert f"redirects to {other.url}/chat/completions" in message
+        assert not other.log
+    assert len(server.log) == 1
+
+
+def test_make_client_azure(server, ask):
+    """The query of the base URL stands behind the path of each request."""
+    paths = []
+    read_request = server.read_request
+
+    async def keep_path(reader: Any) -> Request:
+        request = await read_request(reader)
+        paths.append(request.path)
+        return request
+
+    server.read_request = keep_path
+    server.answer = lambda request: Reply(body=completion(request))
+    assert ask("--base_url", f"{server.url}/deployments/d?api-version=2024-10-21")[0] is None
+    assert set(paths) == {"/deployments/d/chat/completions"}
+
+
+# ---------------------------------------------------------------- why texts end
+
+
+def test_watch_ends_first_ten(server, ask):
+    """After the first ten texts, and at the end, cut ones are counted, with the flag's name."""
+    texts = iter(["length"] * 7 + ["stop"] * 13)
+    server.answer = lambda request: Reply(body=completion(request, finish_reason=next(texts)))
+    _, out = ask("--concurrency", 1)
+    sentence = "texts were cut at 128 tokens (--teacher_max_new_tokens)"
+    assert f"sample: 7 of 10 {sentence}" in ask.err
+    assert f"sample: 7 of 20 {sentence}: give more than" in out
+
+
+def test_watch_ends_all_cut(server, ask, monkeypatch):
+    """Where the first twenty are all cut, nothing more is bought."""
+    monkeypatch.setitem(tasks.TASKS, "toy", tasks.TASKS["toy"]._replace(n=60, train=40, test=20))
+    server.answer = lambda request: Reply(body=completion(request, "", "length"))
+    message, _ = ask()
+    assert (
+        "all of the first 20 texts were cut: give more than --teacher_max_new_tokens 128" in message
+    )
+    assert len(server.asked()) <= 24
+
+
+def test_watch_ends_unknown(server, ask):
+    """An unknown reason is taken for an end, named once, and counted."""
+    server.answer = lambda request: Reply(body=completion(request, finish_reason="wei\x1brd"))
+    _, out = ask("--teacher_method", "zs_cot")
+    assert len(server.asked()) == 40
+    assert out.count("is not known, and taken for an end") == 1
+    assert r"40 texts ended with 'wei\\x1brd', taken for an end" in out
+    row = read_rows(ask.completion_file("zs_cot"))[0]
+    assert row["reasoning_finish_reason"] == row["finish_reason"] == "stop"
+
+
+# ---------------------------------------------------------------- reasoning models
+
+THOUGHT = "The coin starts up and is flipped."
+
+
+def think(text: str) -> Callable[[Request], Reply]:
+    """Answer with a text, after reasoning in a field of its own."""
+
+    def answer(request: Request) -> Reply:
+        body = completion(request, text)
+        body["choices"][0]["message"]["reasoning"] = THOUGHT
+        return Reply(body=body)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "text, requests, answer",
+    [
+        ("It is up. The answer is yes.", 20, " yes."),
+        ("It is up.\n\n**Answer:** no", 20, "** no"),
+        (r"It is up. \boxed{yes}", 20, "yes}"),
+        ("It is up.", 40, "It is up."),
+        ("The answer is not clear. It is up.", 40, "The answer is not clear. It is up."),
+    ],
+)
+def test_stated_answer(server, ask, text, requests, answer):
+    """A reasoning model that has stated its answer is not made to think again for it."""
+    server.answer = think(text)
+    assert ask("--teacher_method", "zs_cot")[0] is None
+    assert len(server.asked()) == requests
+    row = read_rows(ask.completion_file("zs_cot"))[0]
+    assert row["reasoning_completion"] == text
+    assert row["reasoning"] == THOUGHT
+    assert row["completion"] == answer
+    assert row["finish_reason"] == "stop"
+
+
+def test_stated_answer_hidden_reasoning(server, ask):
+    """It is one even where the server only counts its reasoning tokens."""
+    usage = {"prompt_tokens": 10, "completion_tokens": 65}
+    usage |= {"completion_tokens_details": {"reasoning_tokens": 60}}
+    server.answer = lambda request: Reply(
+        body=completion(request, "So. The answer is yes.", usage=usage)
+    )
+    _, out = ask("--teacher_method", "zs_cot")
+    assert len(server.asked()) == 20
+    assert "1300 completion tokens, 1200 of them reasoning" in out
+    metadata = storage.read_json(ask.completion_file("zs_cot"))["metadata"]
+    assert metadata["usage"]["reasoning_tokens"] == 1200
+
+
+@pytest.mark.parametrize(
+    "which, label",
+    [
+        ("content", "It is up. The answer is yes."),
+        ("reasoning", THOUGHT),
+        ("both", f"{THOUGHT}\n\nIt is up. The answer is yes."),
+    ],
+)
+def test_choose_texts_labels(server, ask, which, label):
+    """A student learns what a reasoning teacher said, thought, or both."""
+    server.answer = think("It is up. The answer is yes.")
+    flags = ("--teacher_method", "zs_cot", "--method", "ft_cot", "--student", "toy")
+    ask(*flags)
+    message, out = ask(*flags, "--stage", "curate", "--rationale", which)
+    assert message is None
+    assert "curate: 14 of 14 have reasoning of their own, 0 were cut" in out
+    suffix = "" if which == "content" else f"_{which}"
+    [file] = ask.flags["--saved"].glob(f"finetune_data/*/F_zs_cot_toy_by_gpt-test{suffix}.json")
+    labels = storage.read_json(file)["label"]
+    assert labels[0].removesuffix(" --> yes").strip() == label
+
+
+def test_choose_texts_without_reasoning(server, ask):
+    """Where a teacher shows no reasoning, none can be learnt, and the sentence says so."""
+    flags = ("--teacher_method", "zs_cot", "--method", "ft_cot", "--student", "toy")
+    ask(*flags)
+    message, out = ask(*flags, "--stage", "curate", "--rationale", "reasoning")
+    assert "0 of 14 have reasoning of their own" in out
+    assert "no correct rationale is left" in message
+
+
+def test_nothing_left_cut(server, ask):
+    """Where the token limit left nothing, its flag is named."""
+    server.answer = lambda request: Reply(body=completion(request, "", "length"))
+    ask()
+    message, _ = ask("--stage", "curate", "--method", "ft_cot")
+    assert "try a larger --teacher_max_new_tokens (14 were cut)" in message
+
+
 # ---------------------------------------------------------------- several choices a request
 
 
@@ -238,7 +469,7 @@ def reply_with_choices(request: Request, how: str) -> Reply:
 
 @pytest.mark.parametrize(
     "how, requests",
-    [("right", 20), ("more", 20), ("shuffled", 20), ("fewer", 60), ("duplicate", 60)],
+    [("right", 20), ("more", 20), ("shuffled", 20), ("fewer", 60), ("duplicate", 20)],
 )
 def test_read_reply_choices(server, ask, how, requests):
     """Whatever number of choices comes back, each completion is there once."""
@@ -264,8 +495,6 @@ def test_read_reply_choices(server, ask, how, requests):
     [
         ("length", "cut"),
         ("content_filter", "cut"),
-        ("weird", "cut"),
-        (None, "cut"),
         ("stop", None),
         ("stop", " "),
     ],
@@ -336,7 +565,8 @@ def test_sample_remote_trains(server, ask):
     ask(*flags)
     message, out = ask(*flags, "--stage", "all", "--epochs", 1, "--max_new_tokens", 4)
     assert message is None
-    assert re.search(r"curate: kept \d+ of 14 rationales", out)
+    assert re.search(r"curate: right are \d+ by the paper rules, \d+ by the flexible rules", out)
+    assert re.search(r"curate: keeping the \d+ of 14 rationales", out)
     assert "ft_cot (rationales)" in out
 
 
@@ -346,7 +576,7 @@ def test_api_key_in_traceback(ask, capsys, monkeypatch):
     def crash(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(teacher, "read_reply", crash)
+    monkeypatch.setattr(teacher, "journal_rows", crash)
     with pytest.raises(ZeroDivisionError) as caught:
         ask()
     assert KEY not in "".join(traceback.format_exception(caught.value))
@@ -377,6 +607,21 @@ def test_sample_remote_without_api(ask, monkeypatch):
         finetune_cot.main(command)
 
 
+def test_no_completions_published(ask, monkeypatch):
+    """The paper's teacher is no API's any more: its completions are published."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    command = ["--stage", "sample", "--task", "toy", "--teacher", "text-davinci-002"]
+    with pytest.raises(SystemExit) as caught:
+        finetune_cot.main([*command, "--saved", str(ask.file.parent)])
+    for words in (
+        "https://github.com/itsnamgyu/reasoning-teacher",
+        "data/prepare.py --completions",
+        "--teacher NAME --base_url",
+    ):
+        assert words in caught.value.code
+
+
 @pytest.mark.parametrize(
     "url, warns",
     [
@@ -403,6 +648,8 @@ def test_check_plain_http(url, warns, capsys):
         (("--dry_run", "--batch", "fetch"), "one at a time"),
         (("--dry_run", "--stage", "all"), "go with --stage sample"),
         (("--teacher", "toy", "--dry_run"), "behind an API"),
+        (("--teacher", "toy", "--top_p", 0.9), "--top_p is for teachers behind an API"),
+        (("--no-thinking",), "--thinking is for local models"),
         (("--degree", 2), "would buy 2 identical rationales"),
         (("--requests_per_minute", "nan"), "--requests_per_minute nan must be"),
     ],

@@ -12,7 +12,7 @@ from conftest import (
     assert_ranks_equal_one_process,
     decoder_start_of,
     hugging_face_loss_and_gradients,
-    one_rank,
+    prepare_training,
     samples_for,
     start_training,
     step_loss_and_gradients,
@@ -25,9 +25,11 @@ from conftest import (
 
 import batches
 import checkpoints
+import packing
 import train_loop
-from batches import PackedLengths, TrainSample
+from batches import PackedLengths
 from storage import UserError
+from tokens import TrainSample
 
 # ---------------- The step against the oracle
 
@@ -109,7 +111,7 @@ def test_optimizer_step_skips_an_overflow_in_fp16_and_counts_it():
     model = tiny_model("gpt2")
     samples = samples_for(model, tiny_tokenizer())[:8]
     config = train_config(precision="fp16", packing=False)
-    setup = train_loop.prepare_training(model, samples, None, config, one_rank())
+    setup = prepare_training(model, samples, config)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     setup = setup._replace(state=setup.state._replace(scaler=scaler))
     before = [p.clone() for p in model.parameters()]
@@ -125,7 +127,7 @@ def test_optimizer_step_skips_an_overflow_in_fp16_and_counts_it():
     assert figures["grad_norm"] is not None
     assert not all(map(torch.equal, before, model.parameters()))
     skipped = figures | {"step": 1, "epoch": 1, "grad_norm": None}
-    line = checkpoints.describe_steps([skipped, skipped], 2, 1.0, torch.device("cpu"))
+    line = checkpoints.describe_steps([skipped, skipped], 2, 2, 1.0)
     assert "2 steps skipped (fp16 overflow)" in line
 
 
@@ -156,12 +158,12 @@ def test_label_logits_are_computed_at_label_positions_alone(kind):
     widths = []
     head = model.get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, out: widths.append(out.shape[-2]))
-    for group, packing in ((samples, False), (samples[:1], False), (samples[:1], True)):
-        batch = batches.collate(group, decoder_start_token_id, packing=packing)
+    for group, is_packed in ((samples, False), (samples[:1], False), (samples[:1], True)):
+        batch = batches.collate(group, decoder_start_token_id, packing=is_packed)
         is_label = batch.targets != -100
         inputs = dict(batch.inputs)
         inputs.pop("packed_lengths", None)
-        logits = train_loop.label_logits(model, batch._replace(inputs=inputs), model.device)
+        logits = packing.label_logits(model, batch._replace(inputs=inputs), model.device)
         assert widths.pop() == is_label.sum()
         whole = model(**inputs).logits[is_label]
         widths.clear()
@@ -177,11 +179,11 @@ def test_lengths_of_layer_tells_self_attention_from_cross_attention():
     lengths = PackedLengths([1, 2], [3, 4])
     encoder = model.encoder.block[0].layer[0].SelfAttention
     decoder, cross, _ = model.decoder.block[0].layer
-    assert train_loop.lengths_of_layer(encoder, lengths) == ([1, 2], [1, 2])
-    assert train_loop.lengths_of_layer(decoder.SelfAttention, lengths) == ([3, 4], [3, 4])
-    assert train_loop.lengths_of_layer(cross.EncDecAttention, lengths) == ([3, 4], [1, 2])
+    assert packing.lengths_of_layer(encoder, lengths) == ([1, 2], [1, 2])
+    assert packing.lengths_of_layer(decoder.SelfAttention, lengths) == ([3, 4], [3, 4])
+    assert packing.lengths_of_layer(cross.EncDecAttention, lengths) == ([3, 4], [1, 2])
     layer = tiny_model("gpt2").transformer.h[0].attn
-    assert train_loop.lengths_of_layer(layer, PackedLengths([1, 2], [])) == ([1, 2], [1, 2])
+    assert packing.lengths_of_layer(layer, PackedLengths([1, 2], [])) == ([1, 2], [1, 2])
 
 
 def tiny_mistral():
@@ -233,19 +235,26 @@ def tiny_falcon():
     return tf.FalconForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [tiny_mistral, tiny_bart, tiny_falcon])
-def test_is_packing_exact_is_false_where_a_packed_row_gets_other_logits(make):
-    model = make()
+def prepared(model, **changes):
     samples = samples_for(model, tiny_tokenizer())
-    assert not train_loop.is_packing_exact(model, samples, decoder_start_of(model))
+    config = train_config(**changes)
+    return prepare_training(model, samples, config)
+
+
+@pytest.mark.parametrize("make", [tiny_mistral, tiny_bart, tiny_falcon])
+def test_choose_layout_pads_where_a_packed_row_gets_other_logits(make):
+    model = make()
+    assert not prepared(model).packing
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_is_packing_exact_is_true_for_the_students_of_the_paper(kind):
-    model = tiny_model(kind)
-    samples = samples_for(model, tiny_tokenizer())
-    assert train_loop.is_packing_exact(model, samples, decoder_start_of(model))
+def test_choose_layout_packs_the_students_of_the_paper(kind, plain):
+    """And trusts the fast paths, if they are asked for."""
+    setup = prepared(tiny_model(kind), plain=plain)
+    assert setup.packing
+    assert setup.config.plain == plain
 
 
 def test_train_pads_a_student_that_cannot_be_packed(tmp_path, capsys):
@@ -262,7 +271,7 @@ def test_training_mode_leaves_hugging_faces_own_student(kind, plain):
     model = tiny_model(kind, dropout=0.1)
     samples = samples_for(model, tiny_tokenizer())
     config = train_config(plain=plain)
-    setup = train_loop.prepare_training(model, samples, decoder_start_of(model), config, one_rank())
+    setup = prepare_training(model, samples, config)
     before = [dict(vars(module)) for module in model.train().modules()]
     with pytest.raises(ZeroDivisionError), train_loop.training_mode(setup):
         assert model.config._attn_implementation == "packed"

@@ -129,6 +129,51 @@ def test_submit_under_way(server, steps, ask):
     assert not ask.file.exists()
 
 
+def test_refuse_open_batches(server, steps, ask):
+    """What is in a batch is not bought a second time: a plain start says so and waits."""
+    steps("submit")
+    message, _ = ask()
+    assert "20 requests are under way in 1 batches (batch_0)" in message
+    assert "--batch fetch" in message
+    assert "--batch cancel" in message
+    assert not server.asked("/chat/completions")
+    finish_now(server, server.batches[0])
+    assert steps("fetch")[0] is None
+    assert ask()[0] is None
+    assert not server.asked("/chat/completions")
+
+
+def test_cancel_partial(server, steps, ask):
+    """Of a batch that is cancelled, what it answered is fetched, and the rest asked for now."""
+    steps("submit")
+    assert "batch batch_0: cancelling; --batch fetch" in steps("cancel")[1]
+    lines = [batch_line(line) for line in input_lines(server, server.batches[0])]
+    server.finish_batch(server.batches[0], lines[:12], "cancelled")
+    assert "8 missing" in steps("fetch")[1]
+    assert ask()[0] is None
+    assert len(server.asked("/chat/completions")) == 8
+
+
+def test_cancel_unknown(server, steps, ask):
+    """A batch that the server has forgotten is given up by cancel; until then it is named."""
+    steps("submit")
+    server.batches.clear()
+    server.answer = lambda request: Reply(404, {}) if "/batches/" in request.path else None
+    assert "knows no batch batch_0 any more: --batch cancel" in steps("fetch")[0]
+    assert "so it is given up" in steps("cancel")[1]
+    server.answer = lambda request: None
+    assert ask()[0] is None
+
+
+def test_check_budget_open_batch(server, steps):
+    """What is under way counts as spent at most, by the prices of today."""
+    steps("submit")
+    prices = ("--price_in", 1000, "--price_out", 10000)
+    more = ("--teacher_max_new_tokens", 64, "--max_cost", 40)  # $18 more
+    message, _ = steps("submit", *prices, *more)
+    assert re.search(r"\$30\.\d+ may be under way, and the next 20 requests may cost \$1", message)
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -373,6 +418,17 @@ def test_fine_tune_student(server, ask, steps, tmp_path, style, columns):
     assert server.jobs[0]["method"] == {"type": "supervised"}
     assert ask("--stage", "train", *flags)[0] is None
     assert len(server.jobs) == 1
+
+
+def test_wait_for_job_gone(server, ask, steps, tmp_path):
+    """A job that the server has forgotten names the note to delete."""
+    flags = (*STUDENT, "--label_style", "chat")
+    ask("--teacher_method", "zs_cot")
+    ask("--stage", "curate", *flags)
+    server.answer = lambda request: Reply(404, {}) if "/jobs/" in request.path else None
+    message, _ = ask("--stage", "train", *flags)
+    [note_path] = (tmp_path / "model_metadata/B_gpt-small").glob("F_*__T_*.json")
+    assert f"knows no fine-tuning job ftjob-0 any more: delete {note_path}" in message
 
 
 @pytest.mark.parametrize("style, prompt", [("chat", "messages"), ("gpt3", "prompt")])

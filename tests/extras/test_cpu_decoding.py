@@ -8,9 +8,18 @@ python -m pytest tests/extras/test_cpu_decoding.py
 import pytest
 import torch
 import transformers
-from conftest import KINDS, PROMPTS, tiny_bart, tiny_lfm2, tiny_model, tiny_tokenizer
+from conftest import (
+    KINDS,
+    PROMPTS,
+    tiny_bart,
+    tiny_family,
+    tiny_lfm2,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 import decoding
+import models
 from extras import cpu_decoding
 from extras.cpu_decoding import PAGE, PagedLayer, PageTable
 
@@ -20,7 +29,7 @@ LIMITS = [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 
 @pytest.fixture
 def load(model_folder):
     """-> function: kind -> (model, tokenizer, family)."""
-    return lambda kind: decoding.load_model(str(model_folder(kind)))
+    return lambda kind: models.load_model(str(model_folder(kind)))
 
 
 # ---------------------------------------------------------------- which path
@@ -69,6 +78,13 @@ def test_supports_paged_cache_other_layers(monkeypatch):
 def test_supports_paged_cache_absolute_positions(monkeypatch):
     """An encoder-decoder that counts positions from the first column keeps it too."""
     assert not is_paged(monkeypatch, tiny_bart(), "encoder_decoder")
+
+
+def test_supports_paged_cache_changed_values(monkeypatch, capsys):
+    """So does DiffLlama, which attends to values other than the cache's, and a line says so."""
+    assert not is_paged(monkeypatch, tiny_family("diffllama"), "decoder")
+    said = capsys.readouterr().out
+    assert "pages give models of type diffllama other logits" in said
 
 
 def test_supports_paged_cache_changed_keys(monkeypatch):
@@ -121,6 +137,7 @@ def test_decode_more_short_rows(load, monkeypatch):
         return decode_step(model, tokens, cache)
 
     monkeypatch.setattr(cpu_decoding, "decode_step", spy)
+    monkeypatch.setattr(cpu_decoding, "paged_logits", lambda model, rehearsal: rehearsal.logits)
     prompts = ["x" * 150] * 8 + ["y" * 20] * 40
     decoding.generate(*load("gpt2"), prompts, 64, batch_size=4)
     assert steps[0][0] == 4
@@ -140,7 +157,7 @@ def test_decode_more_short_rows(load, monkeypatch):
 def test_cache_token_budget(batch_size, bytes_per_token, expected, monkeypatch):
     """By default the cache takes bounded memory; a batch size that is asked for is taken."""
     monkeypatch.setattr(decoding, "cache_bytes_per_token", lambda _: bytes_per_token)
-    rows = [decoding.Row(0, "", [5] * n, 100, torch.Generator()) for n in (50, 40, 30)]
+    rows = [decoding.Row(0, "", [5] * n, 100, 0) for n in (50, 40, 30)]
     budget = cpu_decoding.cache_token_budget(tiny_model("gpt2"), {}, rows, batch_size)
     assert budget == expected
 
@@ -149,7 +166,7 @@ def test_split_for_prefill():
     """Chunks have 512 tokens at most, or one prompt, whose samples stay together."""
     lengths = {0: 600, 1: 200, 2: 200, 3: 180, 4: 10}
     indices = [0, 0, 1, 1, 2, 3, 4]
-    rows = [decoding.Row(i, "", [5] * lengths[i], 9, torch.Generator()) for i in indices]
+    rows = [decoding.Row(i, "", [5] * lengths[i], 9, 0) for i in indices]
     chunks = cpu_decoding.split_for_prefill(rows)
     assert [[row.index for row in chunk] for chunk in chunks] == [[0, 0], [1, 1, 2], [3, 4]]
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import PROMPTS
+from conftest import PROMPTS, tiny_family
 
 import decoding
+import models
 from extras import cpu_decoding, cpu_linears
 
 
 @pytest.fixture
 def load(model_folder):
     """-> function: kind -> (model, tokenizer, family)."""
-    return lambda kind: decoding.load_model(str(model_folder(kind)))
+    return lambda kind: models.load_model(str(model_folder(kind)))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
@@ -51,10 +52,22 @@ def test_prepacked_linears_leave_trainable_weights(load):
 def test_prepacked_linears_interrupted(load):
     """Where the consumer of rows stops, weights are put back at once."""
     model, tokenizer, family = load("gpt2")
-    with pytest.raises(ZeroDivisionError), cpu_linears.prepacked_linears(model):
+    layers = cpu_linears.packable_layers(model)
+    with pytest.raises(ZeroDivisionError), cpu_linears.prepacked_linears(model, layers):
         assert not model.transformer.h[0].mlp.c_fc.weight.numel()
         raise ZeroDivisionError
     assert model.transformer.h[0].mlp.c_fc.weight.numel()
+
+
+def test_layers_that_run_without_weights_that_the_model_reads():
+    """Mamba multiplies by the weight of dt_proj itself, so it must not be emptied."""
+    model = tiny_family("mamba")
+    prompt = torch.tensor([[5, 6, 7]])
+    layers = cpu_linears.layers_that_run(model, lambda: model(prompt))
+    mixer = model.backbone.layers[0].mixer
+    assert mixer.in_proj in layers
+    assert mixer.dt_proj not in layers
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_linear_prepacked_is_linear():

@@ -3,11 +3,12 @@
 The whole step with these patches is compared with Hugging Face's in tests/test_train_loop.py.
 """
 
+import contextlib
+
 import pytest
 import torch
 from conftest import (
-    decoder_start_of,
-    one_rank,
+    prepare_training,
     samples_for,
     tiny_model,
     tiny_tokenizer,
@@ -22,7 +23,24 @@ def prepared(kind, **changes):
     model = tiny_model(kind, dropout=0.1)
     samples = samples_for(model, tiny_tokenizer())
     config = train_config(**changes)
-    return train_loop.prepare_training(model, samples, decoder_start_of(model), config, one_rank())
+    return prepare_training(model, samples, config)
+
+
+def test_choose_layout_leaves_out_a_fast_path_that_differs(monkeypatch, capsys):
+    """Fast paths are tried on the student before they are trusted."""
+
+    @contextlib.contextmanager
+    def wrong_patches(setup):
+        head = setup.state.model.get_output_embeddings()
+        hook = head.register_forward_hook(lambda module, inputs, logits: logits * 1.001)
+        yield
+        hook.remove()
+
+    monkeypatch.setattr(train_loop, "open_fast_paths", wrong_patches)
+    setup = prepared("gpt2", plain=False)
+    assert setup.packing
+    assert setup.config.plain
+    assert "other gradients on the fast path: it is left out" in capsys.readouterr().out
 
 
 def output_and_gradients(forward, layer, x, grad):

@@ -1,5 +1,7 @@
 """Filters beyond the paper's rule.   python -m pytest tests/extras/test_filters.py"""
 
+import re
+
 import pytest
 
 import finetune_cot
@@ -65,12 +67,13 @@ def selected(name: str, seed: int = 0) -> list[tuple[int, str]]:
     graded = []
     for i, text in enumerate([" 7.", " 8.", " no idea", " 7", " 9.5"]):
         verdict = tasks.grade("svamp", "zs_cot", text, "7")
-        graded.append(({"sample_index": i, "answer": "7"}, verdict))
-    rows = filters.select_rationales(FilterConfig(filter=name, seed=seed), graded)
+        row = {"sample_index": i, "answer": "7", "reasoning_completion": f"so{text}"}
+        graded.append((row, verdict))
+    rows = filters.choose_rationales(FilterConfig(filter=name, seed=seed), graded)
     return [(row["sample_index"], row["answer"]) for row in rows]
 
 
-def test_select_rationales_keeps_the_teachers_answer(capsys):
+def test_choose_rationales_keeps_the_teachers_answer(capsys):
     """Wrong rationales keep their teacher's answer, written as people write it."""
     assert selected("right") == [(0, "7"), (3, "7")]
     assert capsys.readouterr().out == ""
@@ -80,11 +83,56 @@ def test_select_rationales_keeps_the_teachers_answer(capsys):
     assert f"curate: --filter wrong: {counts}" in capsys.readouterr().out
 
 
-def test_select_rationales_random():
+def test_choose_rationales_random():
     """random draws as many as are right, of all, by the seed."""
     assert len(selected("random")) == 2
     assert selected("random") == selected("random")
     assert len({tuple(selected("random", seed)) for seed in range(9)}) > 1
+
+
+def graded_rows() -> list[tuple[dict, tasks.Verdict]]:
+    """Return 30 completions of ten questions: a third right, half of these cut off or long."""
+    graded = []
+    for i in range(30):
+        answer = 7 + i % 3
+        text = " ".join(["word"] * (5 + 10 * (i % 2)))
+        row = {"sample_index": i // 3, "completion_index": i % 3, "answer": "7"}
+        row |= {"reasoning_completion": f"{text} {i}", "reasoning_finish_reason": "stop"}
+        if i % 2:
+            row["reasoning_finish_reason"] = "length"
+        graded.append((row, tasks.grade("svamp", "zs_cot", f" {answer}.", "7")))
+    return graded
+
+
+OTHERS = [{"max_rationale_words": 8}, {"drop_unfinished": True}, {"max_per_question": 1}, {}]
+
+
+@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_choose_rationales_random_is_size_matched(others, seed, capsys):
+    """As many are drawn as right ones are left by the other filters, of what these leave."""
+    right = filters.choose_rationales(FilterConfig(**others), graded_rows())
+    config = FilterConfig(filter="random", seed=seed, **others)
+    drawn = filters.choose_rationales(config, graded_rows())
+    assert len(drawn) == len(right)
+    assert filters.split_by_filters(config, drawn).kept == drawn
+    assert f"drew {len(right)} of " in capsys.readouterr().out
+
+
+def test_draw_rows_of_fewer(capsys):
+    """Where fewer are left than right ones, all are taken, and that is said."""
+    assert filters.draw_rows([{"a": 1}], 2, 0) == [{"a": 1}]
+    assert "1 are left, fewer than the 2 right ones" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--max_rationale_words 32", "--drop_unfinished"])
+def test_curate_random_of_published_completions(published, flags):
+    """The study compares equal numbers: random keeps as many as right does."""
+    kept = []
+    for name in ("right", "random"):
+        _, out = published(f"--method ft_cot --filter {name} {flags}")
+        kept.append(re.search(r"curate: keeping the ([\d,]+) of", out)[1])
+    assert kept[0] == kept[1]
 
 
 def parse(*more: object) -> object:

@@ -19,7 +19,7 @@ def test_curate_published_api_file(shared, published, tmp_path):
     """Curating the published completions for GPT-3 gives the published file, byte for byte."""
     message, out = published("--label_style gpt3")
     assert message is None
-    assert "kept 323 of 420 rationales (76.9%)" in out
+    assert "keeping the 323 of 420 rationales whose answer is right" in out
     name = "finetune_data/P_openai/F_zs_cot_multiarith.jsonl"
     assert (tmp_path / name).read_bytes() == (shared / "saved" / name).read_bytes()
 

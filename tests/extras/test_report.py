@@ -4,21 +4,21 @@ python -m pytest tests/extras/test_report.py
 """
 
 import csv
-import itertools
-import math
+import io
+import json
 import re
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, answers_file
+from conftest import first_right as first
 
 import evaluate
 import storage
 import tasks
 from extras import paper, report
-from extras.report import RunKey
+from extras.runs import RunKey
 
 PUBLISHED = {
     "multiarith": 78.79,
@@ -32,90 +32,21 @@ VOTES_LINE = (
 )
 
 
-def first(limit: int) -> Callable[[int, int], bool]:
-    """Return `right` for answers_file: the first so many questions are answered rightly."""
-    return lambda place, k: place < limit
-
-
-def collect(saved: Path) -> report.Table:
+def collect(saved: Path, each: bool = False) -> report.Table:
     """Return the table of a folder in which every file has a score."""
-    table, skipped = report.collect(report.saved_files(saved), saved)
-    assert not skipped
+    table, messages = report.collect(report.saved_files(saved), saved, each=each)
+    assert not [message for message in messages if message.startswith("not in the table")]
     return table
 
 
-def accuracies(saved: Path) -> dict[str, float]:
+def accuracies(saved: Path, each: bool = False) -> dict[str, float]:
     """Return {label: accuracy on the toy} of a table."""
-    table = collect(saved)
+    table = collect(saved, each)
     labels = report.row_labels(table)
     return {labels[key]: round(cells["toy"].accuracy, 2) for key, cells in table.items()}
 
 
-# ---------------------------------------------------------------- majority, pass@k
-
-
-@pytest.mark.parametrize(
-    "n, correct, k", [(5, 2, 3), (5, 0, 2), (5, 5, 1), (6, 1, 6), (7, 3, 1), (8, 4, 5)]
-)
-def test_pass_at_k_counts_draws(n, correct, k):
-    """pass@k is the share of draws with a right answer."""
-    draws = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
-    assert report.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-
-
-@pytest.mark.parametrize(
-    "answers, right",
-    [
-        ([("7", True), ("8", False), ("8", False)], False),
-        ([("8", False), ("7", True), ("7", True)], True),
-        ([("7", True), ("8", False)], True),
-        ([("8", False), ("7", True)], False),  # the first of two equals
-        ([(None, False), (None, False), ("7", True)], True),
-        ([("", False), ("7", True)], True),  # no answer, no vote
-        ([(None, False)], False),
-        ([], False),
-    ],
-)
-def test_majority_of_readable_answers(answers, right):
-    """The majority is of the answers that can be read."""
-    assert report.majority(answers) is right
-
-
-@pytest.fixture
-def three_answers(report_toy, tmp_path):
-    """Three answers to ten questions: 0-4 all right; 5-7 two right; 8 one right, two unreadable;
-    9 one right, two wrong."""
-    right = [[True] * 3] * 5 + [[True, True, False]] * 3
-    right += [[True, None, None], [True, False, False]]
-    name = "D_toy__T_ft_cot__E_001__K_03_t70"
-    return answers_file(tmp_path, lambda place, k: right[place][k], name, many=3)
-
-
-def test_votes_counted_by_hand(three_answers, tmp_path):
-    """Votes of a file are those counted by hand."""
-    score = report.score_with_votes(three_answers, "test", "default", tmp_path, "paper", False)
-    votes = score["votes"]
-    assert (votes["k"], votes["questions"], votes["maj"]) == (3, 10, 90.0)
-    pass_2 = (5 + 3 * 1 + 2 * (1 - math.comb(2, 2) / math.comb(3, 2))) / 10
-    assert votes["pass"] == {1: 76.67, 2: round(100 * pass_2, 2), 3: 100.0}
-    interval = evaluate.wilson_interval(9, 10)
-    assert (votes["maj_low"], votes["maj_high"]) == pytest.approx(interval, abs=0.01)
-
-
-def test_votes_of_one_answer(report_toy, tmp_path):
-    """A file with one answer a question has no votes."""
-    path = answers_file(tmp_path, first(5))
-    score = report.score_with_votes(path, "test", "default", tmp_path, "paper", False)
-    assert "votes" not in score
-    assert score == evaluate.score(path, data_dir=tmp_path)
-
-
-def test_score_interval_is_over_questions(three_answers, tmp_path):
-    """Ten questions with three answers each are ten observations, not thirty."""
-    score = evaluate.score(three_answers, data_dir=tmp_path)
-    assert (score["n"], score["questions"], score["correct"]) == (30, 10, 23)
-    interval = evaluate.wilson_interval(23 / 3, 10)
-    assert (score["low"], score["high"]) == pytest.approx(interval, abs=0.01)
+# ---------------------------------------------------------------- which runs are one row
 
 
 def test_votes_have_rows(three_answers, tmp_path):
@@ -126,91 +57,6 @@ def test_votes_have_rows(three_answers, tmp_path):
         f"{label}, maj@3": 90.0,
         f"{label}, pass@3": 100.0,
     }
-
-
-def test_describe_votes_line(three_answers, tmp_path, capsys):
-    """`score` prints the votes in one line, which describe_votes gives too."""
-    score = evaluate.score(three_answers, data_dir=tmp_path)
-    assert report.describe_votes(score, tmp_path) == VOTES_LINE
-    evaluate.main(["score", str(three_answers), "--data", str(tmp_path)])
-    assert f"\n          {VOTES_LINE}\n" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- McNemar
-
-
-@pytest.mark.parametrize("first, second", [(0, 0), (1, 5), (0, 7), (3, 3), (4, 6), (9, 1)])
-def test_mcnemar_counts_coin_tosses(first, second):
-    """p is the share of coin tosses that are at least as uneven."""
-    n = first + second
-    heads = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
-    uneven = [abs(2 * count - n) >= abs(first - second) for count in heads]
-    assert report.mcnemar(first, second) == pytest.approx(sum(uneven) / 2**n)
-
-
-def test_mcnemar_by_hand():
-    """Two values from the binomial distribution."""
-    assert report.mcnemar(1, 5) == 2 * (1 + 6) / 64
-    assert report.mcnemar(10, 0) == 2 / 1024
-
-
-def test_diff_tests_questions(report_toy, tmp_path, capsys):
-    """diff counts completions, and tests questions by their majority."""
-    # question 0: one of three right, outvoted
-    a = answers_file(tmp_path / "a", lambda place, k: place > 0 or k == 0, many=3)
-    b = answers_file(tmp_path / "b", lambda place, k: place > 3, many=3)
-    evaluate.main(["diff", str(a), str(b), "--limit", "1"])
-    text = capsys.readouterr().out
-    counts = "18 right in both, 10 in the first alone, 0 in the second alone, 2 in neither"
-    assert f"30 completions in both files: {counts}" in text
-    shares = "10 questions: 90.00% and 60.00% right"
-    assert f"{shares}; exact McNemar test: 3 against 0, p = 0.25" in text
-    assert text.count(f"right in {a}") == 1
-    assert "and 9 more" in text
-
-
-def test_diff_prints_pairs(report_toy, tmp_path, capsys):
-    """diff prints both completions of a question where one is right, and no others."""
-    a = answers_file(tmp_path / "a", first(4))
-    b = answers_file(tmp_path / "b", lambda place, k: True if place in (0, 7) else None)
-    _, test = tasks.load_split("toy")
-    evaluate.main(["diff", str(a), str(b)])
-    text = capsys.readouterr().out
-    assert f"right in {a} (sample {test[1]}," in text
-    assert f"wrong in {b} (sample {test[1]}," in text
-    assert f"right in {b} (sample {test[7]}," in text
-    assert f"(sample {test[0]}," not in text
-    assert f"(sample {test[9]}," not in text
-    counts = "1 right in both, 3 in the first alone, 1 in the second alone, 5 in neither"
-    assert f"10 completions in both files: {counts}" in text
-
-
-def test_diff_of_other_questions(report_toy, tmp_path):
-    """Files in which a question differs are not compared."""
-    a = answers_file(tmp_path / "a", first(4))
-    b = answers_file(tmp_path / "b", first(4))
-    b.write_text(b.read_text().replace("A coin is heads up", "A coin is tails up", 1))
-    with pytest.raises(SystemExit, match="compare two files of one task$"):
-        evaluate.main(["diff", str(a), str(b)])
-
-
-def test_show_each_kind(report_toy, tmp_path, capsys):
-    """show prints some completions of each kind, and how many there are."""
-    outcomes = [True] * 6 + [None] * 4
-    path = answers_file(tmp_path, lambda place, k: outcomes[place])
-    evaluate.main(["show", str(path), "--limit", "2"])
-    text = capsys.readouterr().out
-    assert "6 of 10 are right; the first 2:" in text
-    assert "4 of 10 are unreadable" in text
-    assert "0 of 10 are wrong" in text
-    _, test = tasks.load_split("toy")
-    question = tasks.toy_samples(33)[test[0]]["question"]
-    assert f"right (sample {test[0]}, completion 0)\n  question:   {question}" in text
-    assert f"right (sample {test[2]}," not in text
-    assert "paper:      None is wrong, of []" in text
-
-
-# ---------------------------------------------------------------- which runs are one row
 
 
 def untrained(saved: Path, name: str, limit: int, **metadata: object) -> Path:
@@ -237,8 +83,8 @@ def test_collect_temperatures(report_toy, tmp_path):
         untrained(tmp_path, name, limit, settings=settings, many=2)
     label = "zs, 2 samples a question"
     table = accuracies(tmp_path)
-    assert table[f"{label}, temperature 0.5"] == 40.0
-    assert table[f"{label}, maj@2, temperature 0.9"] == 70.0
+    assert table[f"{label}, eval temperature 0.5"] == 40.0
+    assert table[f"{label}, maj@2, eval temperature 0.9"] == 70.0
     assert len(table) == 6
 
 
@@ -246,8 +92,27 @@ def test_collect_seeds_of_the_toy_student(report_toy, tmp_path):
     """Seeds of the untrained toy student are not epochs of one run."""
     untrained(tmp_path, "D_toy__S_default", 4)
     untrained(tmp_path, "D_toy__S_default_s1", 8)
-    expected = {"zs, seed 0": 40.0, "zs, seed 1": 80.0, "zs, mean of 2 seeds": 60.0}
-    assert accuracies(tmp_path) == expected
+    mean = {"zs, mean of 2 seeds": 60.0}
+    assert accuracies(tmp_path) == mean
+    assert accuracies(tmp_path, each=True) == mean | {"zs, seed 0": 40.0, "zs, seed 1": 80.0}
+
+
+def test_collect_mean_of_one_task(report_toy, tmp_path, monkeypatch):
+    """A seed that alone was run on a task keeps its row there, beside the mean of the other."""
+    monkeypatch.setitem(tasks.TASKS, "coins", tasks.TASKS["toy"]._replace(key="coins"))
+    samples = tasks.toy_samples(33)
+    content = {"metadata": {"dataset_key": "coins"}, "data": samples}
+    storage.write_json(tmp_path / "dataset/coins.json", content)
+    train, test = tasks.default_split("toy")
+    storage.write_json(tmp_path / "split/coins__default.json", {"train": train, "test": test})
+    answers_file(tmp_path, first(4), run={"seed": 0})
+    name = "D_toy__T_ft_cot_s1__E_001"
+    answers_file(tmp_path, first(6), name, train_key="ft_cot_s1", run={"seed": 1})
+    name = "D_coins__T_ft_cot__E_001"
+    answers_file(tmp_path, first(9), name, dataset_key="coins", run={"seed": 0})
+    table = collect(tmp_path)
+    shown = [{task: cell.accuracy for task, cell in cells.items()} for cells in table.values()]
+    assert sorted(shown, key=str) == [{"coins": 90.0}, {"toy": 50.0}]
 
 
 def test_collect_mean_over_seeds(report_toy, tmp_path):
@@ -274,8 +139,32 @@ def test_collect_mean_needs_equal_settings(report_toy, tmp_path, other):
     name = "D_toy__T_ft_cot_s1__E_001"
     run = usual | {"seed": 1} | other
     answers_file(tmp_path, first(8), name, train_key="ft_cot_s1", run=run)
-    expected = {"ft_cot, last epoch": 40.0, "ft_cot_s1, last epoch": 80.0}
-    assert accuracies(tmp_path) == expected
+    assert sorted(accuracies(tmp_path).values()) == [40.0, 80.0]
+
+
+def test_row_labels_in_words():
+    """A row is named by what it was made with; what all rows agree in is not named."""
+    flags = (("degree", "2"), ("lr", "0.001"), ("batch_size", "8"))
+    key = RunKey("m", "ft_cot", "ft_cot_2aug_few_shot_32_s1", "test", "few_shot_32", flags)
+    key = key._replace(seed="1", epoch="last epoch")
+    other = key._replace(flags=(*flags[:2], ("batch_size", "16")))
+    assert list(report.row_labels([key]).values()) == [
+        "ft_cot, D = 2, few-shot 32, seed 1, last epoch"
+    ]
+    assert list(report.row_labels([key, other]).values()) == [
+        "ft_cot, D = 2, few-shot 32, seed 1, batch size 8, last epoch",
+        "ft_cot, D = 2, few-shot 32, seed 1, batch size 16, last epoch",
+    ]
+
+
+def test_row_labels_of_means():
+    """The means over seeds of two degrees both name theirs, and no seed."""
+    key = RunKey("m", "ft_cot", "ft_cot", "test", "default", (("degree", "1"),), seeds=("0", "1"))
+    other = key._replace(train_key="ft_cot_8aug", flags=(("degree", "8"),))
+    assert list(report.row_labels([key, other]).values()) == [
+        "ft_cot, D = 1, mean of 2 seeds",
+        "ft_cot, D = 8, mean of 2 seeds",
+    ]
 
 
 def test_row_labels_are_unique():
@@ -287,8 +176,9 @@ def test_row_labels_are_unique():
         "train_key": "ft_s1",
         "part": "all",
         "split": "template",
+        "flags": (("lr", "0.1"),),
+        "data": (("finetune_data", "3f"),),
         "samples": 4,
-        "temperature": "0.7",
         "seed": "1",
         "epoch": "last epoch",
         "vote": "maj@4",
@@ -399,20 +289,235 @@ def test_tasks_in_the_paper_s_order():
     assert printed == [key for key in tasks.TASKS if key in printed]
 
 
+def test_table_counts_answers_that_could_not_be_read(report_toy, tmp_path):
+    """Beside 0.00 stands how many answers could not be read; where all could be, no line."""
+    answers_file(tmp_path, lambda place, k: None, run={"seed": 0})
+    name = "D_toy__T_ft_cot_s1__E_001"
+    half = [None, True] * 5
+    answers_file(
+        tmp_path, lambda place, k: half[place], name, train_key="ft_cot_s1", run={"seed": 1}
+    )
+    name = "D_toy__T_ft_cot_8aug__E_001"
+    answers_file(tmp_path, first(5), name, train_key="ft_cot_8aug", run={"degree": 8})
+    lines = report.table_lines(collect(tmp_path, each=True), {})
+    below = {}
+    label = ""
+    for line in lines:
+        if line[1].startswith("  "):
+            below.setdefault(label, {})[line[1].strip()] = line[2]
+        else:
+            label = line[1]
+    assert below["ft_cot, seed 0, last epoch"]["without an answer"] == "10/10"
+    assert below["ft_cot, seed 1, last epoch"]["without an answer"] == "5/10"
+    assert below["ft_cot, last epoch, mean of 2 seeds"]["without an answer"] == "15/20"
+    assert list(below["ft_cot, D = 8, seed 0, last epoch"]) == ["95% interval"]
+
+
+def test_collect_epochs_of_two_students(report_toy, tmp_path):
+    """Files of one name and two students are no epochs of one run, and what differs is named."""
+    for epoch, model in ((1, "3fa2"), (2, "9c1b")):
+        name = f"D_toy__T_ft_cot__E_{epoch:03d}"
+        answers_file(tmp_path, first(3 * epoch), name, epoch=epoch, settings={"model": model})
+    expected = {"ft_cot, last epoch, model 3fa2": 30.0, "ft_cot, last epoch, model 9c1b": 60.0}
+    assert accuracies(tmp_path) == expected
+
+
+def test_collect_copies_of_a_file(report_toy, tmp_path):
+    """Two files of one epoch are no epochs of one another: the names of the files tell them."""
+    answers_file(tmp_path, first(3))
+    answers_file(tmp_path, first(6), "D_toy__T_copy__E_001")
+    expected = {
+        "ft_cot, last epoch, file D_toy__T_ft_cot__E_001": 30.0,
+        "ft_cot, last epoch, file D_toy__T_copy__E_001": 60.0,
+    }
+    assert accuracies(tmp_path) == expected
+
+
+def test_collect_unfinished_run(report_toy, tmp_path):
+    """The last evaluated epoch of a run that goes on is not called its last, nor averaged so."""
+    for seed, epoch in ((0, 5), (1, 2)):
+        key = f"ft_cot_s{seed}".removesuffix("_s0")
+        name = f"D_toy__T_{key}__E_{epoch:03d}"
+        run = {"seed": seed, "epochs": 5}
+        answers_file(tmp_path, first(epoch), name, train_key=key, epoch=epoch, run=run)
+    expected = {"ft_cot, seed 0, last epoch": 50.0, "ft_cot, seed 1, epoch 2 of 5": 20.0}
+    assert accuracies(tmp_path) == expected
+
+
+def test_collect_says_what_is_not_recorded(report_toy, tmp_path):
+    """A file of an earlier version does not say all; its row is not that of one that does."""
+    run = {"epochs": 1, "lr": 0.2}
+    answers_file(tmp_path, first(3), run=run)
+    name = "D_toy__T_ft_cot__E_001__K_01"
+    answers_file(tmp_path, first(6), name, run=run | {"schedule": "cosine"})
+    expected = {
+        "ft_cot, last epoch, schedule not recorded": 30.0,
+        "ft_cot, last epoch, schedule cosine": 60.0,
+    }
+    assert accuracies(tmp_path) == expected
+    _, messages = report.collect(report.saved_files(tmp_path), tmp_path)
+    assert re.match(
+        "2 of 2 files are of an earlier version and do not record .*weight_decay, .*schedule",
+        messages[-1],
+    )
+
+
 def test_table_lines_order(report_toy, tmp_path):
-    """Teachers come first, then methods in the paper's order, and 2aug before 16aug."""
-    for key in ("ft_cot_16aug", "ft_cot_2aug"):
-        answers_file(tmp_path, first(10), f"D_toy__T_{key}__E_001", train_key=key)
+    """Teachers come first, then methods in the paper's order, and D = 2 before D = 16; what the
+    files are called stands at the end."""
+    for degree in (16, 2):
+        key = f"ft_cot_{degree}aug"
+        name = f"D_toy__T_{key}__E_001"
+        answers_file(tmp_path, first(10), name, train_key=key, run={"degree": degree})
     untrained(tmp_path, "D_toy__S_default", 10)
     teacher = {"completion_key": "zs_cot", "train_key": None, "epoch": None, "part": None}
     answers_file(tmp_path, first(33), "D_toy", "z", indices=range(33), **teacher)
     lines = report.table_lines(collect(tmp_path), {})
-    assert [line[1] for line in lines[2::2]] == [
-        "zs_cot, all questions",
-        "zs",
-        "ft_cot_2aug, last epoch",
-        "ft_cot_16aug, last epoch",
+    assert lines[0][-1] == "key"
+    assert [(line[1], line[-1]) for line in lines[2::2]] == [
+        ("zs_cot, all questions", ""),
+        ("zs", ""),
+        ("ft_cot, D = 2, last epoch", "ft_cot_2aug"),
+        ("ft_cot, D = 16, last epoch", "ft_cot_16aug"),
     ]
+
+
+def test_table_lines_without_keys(report_toy, tmp_path):
+    """Where the files are called by their methods there is no column for it."""
+    answers_file(tmp_path, first(10))
+    lines = report.table_lines(collect(tmp_path), {})
+    assert [len(line) for line in lines] == [3] * 4
+
+
+# ---------------------------------------------------------------- flags of table
+
+
+@pytest.fixture
+def table_of(report_toy, tmp_path, capsys):
+    """-> function: flags -> what table prints of ft, ft_cot with two seeds, and another model."""
+    answers_file(tmp_path, first(4), run={"seed": 0, "lr": 0.1})
+    name = "D_toy__T_ft_cot_s1__E_001"
+    right = [True] * 6 + [None] * 4
+    known = {"train_key": "ft_cot_s1", "run": {"seed": 1, "lr": 0.1}}
+    answers_file(tmp_path, lambda place, k: right[place], name, **known)
+    ft = {"completion_key": "ft", "train_key": "ft"}
+    answers_file(tmp_path, first(3), "D_toy__T_ft__E_001", **ft)
+    answers_file(tmp_path, first(2), "D_toy__T_ft__E_001", "google_flan-t5-base", **ft)
+
+    def table_of(*flags: str) -> str:
+        """Run the command."""
+        capsys.readouterr()
+        folders = ["--saved", str(tmp_path), "--data", str(tmp_path)]
+        evaluate.main(["table", *folders, *flags])
+        return capsys.readouterr().out
+
+    return table_of
+
+
+def rows_of(text: str) -> list[tuple[str, str]]:
+    """Return (model, label) of the rows of a table on the terminal."""
+    rows = []
+    for line in text.splitlines()[1:]:
+        if not line.startswith(" "):
+            model, label, *_ = re.split(r"\s{2,}", line)
+            rows.append((model, label))
+    return rows
+
+
+FT = ("m", "ft, last epoch")
+FLAN = ("google_flan-t5-base", "ft, last epoch")
+MEAN = ("m", "ft_cot, last epoch, mean of 2 seeds")
+SEEDS = [("m", "ft_cot, seed 0, last epoch"), ("m", "ft_cot, seed 1, last epoch")]
+
+
+@pytest.mark.parametrize(
+    "flags, rows",
+    [
+        ("", [FLAN, FT, MEAN]),
+        ("--each", [FLAN, FT, MEAN, *SEEDS]),
+        ("--method ft_cot", [MEAN]),
+        ("--method ft ft_cot --student m", [FT, MEAN]),
+        ("--student google/flan-t5-base --task toy", [FLAN]),
+        ("--student flan_t5_base", [FLAN]),
+    ],
+)
+def test_table_chooses_rows(table_of, flags, rows):
+    """The flags choose rows by task, model and method; --each shows every seed, too."""
+    assert rows_of(table_of(*flags.split())) == rows
+
+
+def test_table_without_what_is_asked_for(table_of):
+    """Where no file is of what is asked for, the sentence repeats it."""
+    message = "^error: there is nothing of --task svamp --method zs to show under .*data$"
+    with pytest.raises(SystemExit, match=message):
+        table_of("--task", "svamp", "--method", "zs")
+
+
+def test_table_suggests_the_nearest_task(table_of, capsys):
+    """A task that is none is refused with the nearest."""
+    with pytest.raises(SystemExit):
+        table_of("--task", "svmp")
+    assert "no 'svmp' (did you mean svamp?)" in capsys.readouterr().err
+
+
+def test_table_as_json(table_of):
+    """A record a run and task: the interval of a run, the standard deviation of a mean."""
+    mean, *seeds = json.loads(table_of("--format", "json", "--each", "--method", "ft_cot"))
+    low, high = evaluate.wilson_interval(6, 10)
+    assert seeds[1] == {
+        "model": "m",
+        "run": "ft_cot, seed 1, last epoch",
+        "key": "ft_cot_s1",
+        "method": "ft_cot",
+        "task": "toy",
+        "split": "default",
+        "seeds": "1",
+        "epoch": "last epoch",
+        "vote": "",
+        "accuracy": 60.0,
+        "low": round(low, 2),
+        "high": round(high, 2),
+        "standard_deviation": None,
+        "n": 10,
+        "no_answer": 4,
+        "paper": None,
+        "flags": {"lr": "0.1"},
+    }
+    shown = [mean[name] for name in ("seeds", "accuracy", "low", "n", "no_answer")]
+    assert shown == ["0 1", 50.0, None, 20, 4]
+    assert mean["standard_deviation"] == pytest.approx(statistics.stdev([40, 60]), abs=0.01)
+
+
+def test_table_as_csv(table_of):
+    """The same in a file of comma-separated values, without what has no column."""
+    text = table_of("--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    found = json.loads(table_of("--format", "json"))
+    for row, record in zip(rows, found, strict=True):
+        del record["flags"]
+        expected = {name: "" if value is None else str(value) for name, value in record.items()}
+        assert row == expected
+
+
+def test_table_of_votes_as_json(three_answers, tmp_path, capsys):
+    """A vote is of questions, and how many could not be read is not known of it."""
+    folders = ["--saved", str(tmp_path), "--data", str(tmp_path)]
+    evaluate.main(["table", *folders, "--format", "json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["vote"], one["n"], one["no_answer"]) for one in found] == [
+        ("", 30, 2),
+        ("maj@3", 10, None),
+        ("pass@3", 10, None),
+    ]
+
+
+def test_table_of_published_files_as_json(shared, capsys):
+    """The paper's value stands beside ours; no seed is known of a teacher."""
+    evaluate.main(["table", "--saved", str(shared / "saved"), "--format", "json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {one["seeds"] for one in found if one["model"].startswith("text-")} == {""}
+    published = {one["task"]: one["paper"] for one in found if one["model"].startswith("text-")}
+    assert published == PUBLISHED
 
 
 # ---------------------------------------------------------------- the paper's values
@@ -441,6 +546,11 @@ def test_paper_value_of_the_same_model():
     assert published("coin_flip", "ft_cot", model="google-t5_t5-base") == value
 
 
+def test_paper_value_of_a_mean():
+    """A mean over seeds stands in the place of the run that the paper's value is of."""
+    assert published("multiarith", "ft_cot", seeds=("0", "1")) == published("multiarith", "ft_cot")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -450,7 +560,6 @@ def test_paper_value_of_the_same_model():
         {"split": "template"},
         {"model": "gpt3"},
         {"vote": "maj@4"},
-        {"seeds": ("0", "1")},
     ],
 )
 def test_paper_value_of_other_runs(change):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, run
 
 import completions
+import distributed
 import finetune_cot
 import flags
 import storage
@@ -98,6 +99,25 @@ def test_dedupe_cells_refuses_one_student(flag):
         grid(f"--degree 2 4 --method ft_cot {flag} x")
 
 
+@pytest.mark.parametrize("flag, prefix", [("--student", ""), ("--teacher", "hf:")])
+def test_dedupe_cells_refuses_two_of_one_name(tmp_path, flag, prefix):
+    """Folders of one name would write one file: the second is not passed over in silence."""
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder / "model").mkdir(parents=True)
+        names.append(f"{prefix}{tmp_path / folder / 'model'}")
+    with pytest.raises(UserError, match="two cells would write .* and differ in") as caught:
+        grid(f"--task svamp --method ft_cot {flag} {names[0]} {names[1]}")
+    assert f"{flag.strip('-')} {names[0]} -> {names[1]}" in str(caught.value)
+
+
+def test_dedupe_cells_of_sampled_seeds():
+    """Answers sampled with two seeds are two files, of a student with weights of its own too."""
+    cells = grid("--task svamp --method zs --student gpt2 --eval_samples 4 --seeds 0 1")
+    assert len({studies.output_files(cell)[0] for cell in cells}) == 2
+    assert len(grid("--task svamp --method zs --student gpt2 --seeds 0 1")) == 1
+
+
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_studies_are_valid_grids(name):
     """A study is a grid of valid cells with a file each."""
@@ -124,7 +144,7 @@ def test_studies_degrees_are_the_papers():
 def test_studies_are_in_the_readme():
     """The README has every study in a command."""
     readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^python finetune_cot\.py --study (\w+)", readme, re.MULTILINE)
+    commands = re.findall(r"python finetune_cot\.py --study (\w+)", readme)
     assert set(commands) == set(studies.STUDIES)
 
 
@@ -156,7 +176,7 @@ def test_run_cells_stops_when_interrupted():
 
     cells = grid("--method ft --seeds 0 1")
     with pytest.raises(storage.Interrupted):
-        studies.run_cells(cells, run, storage.Ranks(), "data")
+        studies.run_cells(cells, run, distributed.Ranks(), "data")
     assert started == [0]
 
 
@@ -171,7 +191,7 @@ def test_run_cells_stops_on_several_ranks():
 
     cells = grid("--method ft --seeds 0 1")
     with pytest.raises(UserError, match="^no$"):
-        studies.run_cells(cells, run, storage.Ranks(rank=1, world_size=2), "data")
+        studies.run_cells(cells, run, distributed.Ranks(rank=1, world_size=2), "data")
     assert started == [0]
 
 
@@ -268,9 +288,9 @@ def check_study(name: str, out: str, folder: Path) -> None:
     head, *lines = out.partition("Accuracy on the test part, %:\n\n")[2].splitlines()
     rows = [line for line in lines if not line.startswith(" ")]
     _, count, kind = AT_TOY_SIZE[name]
-    assert head.split() == ["model", "method", "Toy", "Coins"]
+    assert head.split()[:4] == ["model", "method", "Toy", "Coins"]
     assert len(rows) == count, out[-3000:]
-    assert all(re.search(r"\d+\.\d\d$", row) for row in rows)
+    assert all(re.search(r" \d+\.\d\d( +\w\S*)?$", row) for row in rows)
     if kind:
         runs, _ = report.scored_runs(report.saved_files(folder), folder)
         panels = plot.our_series(plot.plotted_files(kind, runs), kind)
@@ -297,3 +317,10 @@ def test_study_as_a_command(name, tmp_path, model_folder):
     done = run("finetune_cot.py", *command)
     assert done.returncode == 0, done.stderr[-2000:]
     check_study(name, done.stdout, tmp_path)
+
+
+def test_command_lines_suggest_the_nearest_study(capsys):
+    """A study that is nearly a known one is answered with that one."""
+    with pytest.raises(SystemExit):
+        studies.command_lines(["--study", "table1"])
+    assert "no 'table1' (did you mean table_1?)" in capsys.readouterr().err

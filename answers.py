@@ -1,0 +1,225 @@
+"""Read the answer in a completion, by the paper's rules or as a careful person reads, and grade it.
+
+The paper's rules are those of the published evaluator, quirks included.  The flexible rules
+
+    1. write the text plainly            plain_text.py
+    2. find what may be an answer        candidates.py
+    3. leave out what the text rejects   rejection.py     'not A', 'B is wrong'
+    4. find the sentence that counts     commitment.py    announced > in bold > the last
+    5. select a candidate in it          selection.py     '3 + 4 = 7 of 9' -> 7
+
+Of two answers that contradict each other the last counts, of two that are given as one none.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import candidates as forms
+from candidates import Candidate, has_one_of
+from commitment import choose
+from plain_text import normalize
+from rejection import accepted, is_hedged, is_rejected, without_questions
+from selection import Extractor, select_number, select_statement, select_string
+from storage import UserError
+
+
+class AnswerType(NamedTuple):
+    name: str
+    paper: Extractor
+    flexible: Extractor
+
+
+# ---------------- The paper's rules: identical to the published evaluator
+
+PAPER_NUMBER_PATTERN = re.compile(r"-?\d+(?:\.\d+)?")
+PUNCTUATION_TO_SPACES = str.maketrans("\"'.:,", "     ")
+
+
+def paper_numbers(text: str) -> list[str]:
+    """'$1,234.50 or 5 - 8 = -3' -> ['1234.50', '5', '8', '-3']"""
+    return PAPER_NUMBER_PATTERN.findall(text.replace(",", ""))
+
+
+def paper_floats(text: str) -> list[float]:
+    """'18.00, 5' -> [18.0, 5.0]"""
+    return list(map(float, paper_numbers(text)))
+
+
+def paper_yes_no(text: str) -> list[str]:
+    """'No, it is "Yes".' -> ['no', 'yes'], but 'no;' -> []"""
+    words = text.lower().translate(PUNCTUATION_TO_SPACES).split()
+    return [word for word in words if word in ("yes", "no")]
+
+
+# ---------------- Types of answers
+
+
+def is_close(a: float, b: float) -> bool:
+    """Tell whether two numbers are the same answer, as the published evaluator does."""
+    return abs(a - b) < 1e-6
+
+
+def decimals(number: float) -> int:
+    """0.67 -> 2, 5.0 -> 0; of 1e-9 none are counted."""
+    return len(f"{number!r}".rstrip("0").partition(".")[2])
+
+
+def is_close_as_stated(value: float, gold: float) -> bool:
+    """Tell whether a number is the gold answer, to the decimals stated where it never ends.
+
+    2/3, 0.667 and 0.67 are the same as 0.6666666666666666; 0.6 and 1 are not.
+    """
+    difference = abs(value - gold)
+    if difference < 1e-6 or difference > 0.05:
+        return difference < 1e-6
+    stated = decimals(value)
+    return stated > 0 and decimals(gold) >= 12 and is_close(value, round(gold, stated))
+
+
+# The paper compares the numbers of some tasks as strings (18.00 is not 18), and lower-cases the
+# gold answers of one of its yes/no tasks alone (YES_NO_CASED).
+PAPER_NUMBER = Extractor(paper_numbers, lambda gold: gold.replace(",", ""))
+PAPER_FLOAT = Extractor(paper_floats, forms.parse_number, is_close)
+PAPER_STRING = Extractor(lambda text: [re.sub(r"[\"'\n.\s]", "", text)])  # ' "y a j o".' -> yajo
+NUMBER_BY_VALUE = Extractor(
+    forms.read_numbers,
+    forms.parse_number,
+    is_close_as_stated,
+    select_number,
+    forms.read_number_words,
+    is_number=True,
+)
+YES_OR_NO = Extractor(
+    forms.read_yes_no,
+    lambda gold: gold.strip().lower(),
+    select=select_statement,
+    other_forms=forms.read_states,
+    can_hedge=True,
+)
+LETTERS_ALONE = Extractor(forms.read_strings, forms.keep_letters, select=select_string)
+NUMBER = AnswerType("number", PAPER_NUMBER, NUMBER_BY_VALUE)
+FLOAT = AnswerType("number, by value", PAPER_FLOAT, NUMBER_BY_VALUE)
+YES_NO = AnswerType("yes/no", Extractor(paper_yes_no), YES_OR_NO)
+YES_NO_CASED = AnswerType("yes/no", Extractor(paper_yes_no, str.lower), YES_OR_NO)
+STRING = AnswerType("string", PAPER_STRING, LETTERS_ALONE)
+
+
+def multiple_choice(last: str) -> AnswerType:
+    """A choice.  The paper reads capitals even inside words: 'Because (C)' -> ['B', 'C']."""
+    paper = Extractor(re.compile(f"[A-{last}]").findall)
+    flexible = Extractor(forms.letter_reader(last), str.strip, can_hedge=True)
+    return AnswerType(f"letter A-{last}", paper, flexible)
+
+
+A_TO_C, A_TO_E, A_TO_F = map(multiple_choice, "CEF")
+
+# ---------------- The verdict on one completion
+
+
+class Verdict(NamedTuple):
+    prediction: Any  # None: no answer
+    candidates: list  # everything that could have been read
+    correct: bool
+    contains_answer: bool  # any candidate is right
+    correct_format: bool  # the template's prefix is there, or none is expected
+
+
+def paper_prediction(extractor: Extractor, prefix: str | None, text: str) -> tuple[Any, list]:
+    """Read the first candidate after the prefix; without one, the text's last (paper, appendix)."""
+    position = 0
+    if prefix and prefix in text:
+        text = text.partition(prefix)[2]
+    elif prefix:
+        position = -1
+    candidates = extractor.candidates(text)
+    if not candidates:
+        return None, []
+    return candidates[position], candidates
+
+
+ANNOUNCING = ("\n", ":", ">", "#", "\\", ". ")  # none without one of these
+
+
+def is_alone(extractor: Extractor, text: str, only: Candidate) -> bool:
+    """Tell, quickly, whether a text's only candidate is its answer: most completions are so."""
+    start = only.start
+    end = only.end
+    if start < 4 and len(text) < end + 4:  # ' (D).'
+        return True
+    if extractor.other_forms is not forms.nothing:  # another may be announced
+        if has_one_of(text[end:], ANNOUNCING) or 0 <= text.rfind("nswer", 0, start) < start - 12:
+            return False
+    if start < 4 and text[end] in ",.;":  # ' no, he is not.'
+        return True
+    return not is_rejected(text, [only], only)
+
+
+def flexible_prediction(extractor: Extractor, prefix: str | None, text: str) -> tuple[Any, list]:
+    """Read what a text commits itself to last, as a careful person would."""
+    if extractor.is_number and (bare := text.strip().rstrip(".")).isdecimal():  # ' 350.'
+        return float(bare), [float(bare)]
+    text = normalize(text)
+    candidates = extractor.candidates(text) or extractor.other_forms(text)
+    if not candidates:
+        return None, []
+    if len(candidates) == 1 and is_alone(extractor, text, candidates[0]):
+        return candidates[0].value, [candidates[0].value]
+    values = [c.value for c in candidates]
+    chosen = choose(extractor, text, candidates, not prefix)
+    if not chosen:
+        return None, values
+    hedged = extractor.can_hedge and is_hedged(text, candidates, chosen)
+    if hedged or is_rejected(text, candidates, chosen):
+        candidates = accepted(text, without_questions(text, candidates))
+        chosen = candidates and choose(extractor, text, candidates, not prefix)
+        if not chosen or (hedged and is_hedged(text, candidates, chosen)):
+            return None, values
+    if chosen.value not in values:  # in another form
+        values.append(chosen.value)
+    return chosen.value, values
+
+
+SHORT_ANSWERS = 10_000  # that a grader remembers
+PREDICTIONS = {"paper": paper_prediction, "flexible": flexible_prediction}  # by rules
+
+
+Grader = Callable[[str | None, str], Verdict]  # (completion, gold answer) -> Verdict
+
+
+def make_grader(answer_type: AnswerType, prefix: str | None, rules: str, task: str) -> Grader:
+    """Return a function that grades; prefix: what the template puts before an answer.
+
+    Raises UserError for other rules; the function does for a gold answer that cannot be read.
+    """
+    if rules not in PREDICTIONS:
+        raise UserError(f"there are no {rules!r} rules: choose paper or flexible")
+    extractor = getattr(answer_type, rules)
+    predict = PREDICTIONS[rules]
+    is_same = extractor.is_same
+    read_gold = functools.cache(extractor.gold)
+
+    @functools.lru_cache(SHORT_ANSWERS)  # many completions of a file are the same few words
+    def read_short(text: str) -> tuple[Any, list]:
+        return predict(extractor, prefix, text)
+
+    def grade(completion: str | None, answer: str) -> Verdict:
+        """Grade one completion; an API may send null for it."""
+        text = completion or ""
+        if len(text) < 40:
+            prediction, candidates = read_short(text)
+        else:
+            prediction, candidates = predict(extractor, prefix, text)
+        try:
+            gold = read_gold(answer)
+        except ValueError:
+            message = f"the gold answer {answer[:80]!r} of {task} is not a {answer_type.name}"
+            raise UserError(message) from None
+        correct = prediction is not None and is_same(prediction, gold)
+        contains = correct
+        if not correct and (prediction is None or len(candidates) > 1):
+            contains = any(is_same(value, gold) for value in set(candidates))
+        return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
+
+    return grade
