@@ -59,6 +59,7 @@ class TokenizedSamples(Sequence[TrainSample]):
 
     @classmethod
     def from_samples(cls, samples: Iterable[TrainSample]) -> "TokenizedSamples":
+        """Lay samples end to end, in two bytes a token where every id fits, else in four."""
         token_ids = array("i")
         ends = array("q")
         indices = array("q")
@@ -117,6 +118,7 @@ def tokenize(
     dropped = []
 
     def fitting_samples() -> Iterator[TrainSample]:
+        """Yield what the bounds let through; note the others in `dropped`."""
         for sample in tokenize_all(tokenizer, family, data):
             fits = (
                 len(sample.prompt) <= min(max_length, positions.prompt)

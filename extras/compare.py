@@ -325,12 +325,7 @@ def show(*, file: str, rules: str, limit: int, disagree: bool) -> None:
     graded = grade_judged(file, rules)
     for kind in ("wrong", "right", "unreadable"):
         found = [one for one in graded if one.outcome == kind]
-        shown = ""
-        if len(found) > limit:
-            shown = f"; the first {limit}:"
-        print(f"\n{len(found)} of {len(graded)} are {kind}{shown}")
-        for one in found[:limit]:
-            evaluate.print_completion(kind, one.row, one.verdicts)
+        disagreements.print_some(kind, found, len(graded), limit)
 
 
 # ---------------- Commands of evaluate.py

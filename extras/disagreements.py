@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import evaluate
 from completions import read_completions
+from evaluate import GradedRow
 
 KINDS = {  # (right by the paper's rules, by the flexible rules): what to call it
     (False, True): "right by the flexible rules alone",
@@ -36,10 +37,14 @@ def show_disagreements(*, file: str, limit: int) -> None:
         if kind in KINDS and (any(kind) or is_other_answer(paper.prediction, flexible.prediction)):
             found[kind].append(one)
     for kind, name in KINDS.items():
-        rows = found[kind]
-        shown = ""
-        if len(rows) > limit:
-            shown = f"; the first {limit}:"
-        print(f"\n{len(rows)} of {len(graded)} are {name}{shown}")
-        for one in rows[:limit]:
-            evaluate.print_completion(name, one.row, one.verdicts)
+        print_some(name, found[kind], len(graded), limit)
+
+
+def print_some(name: str, rows: list[GradedRow], total: int, limit: int) -> None:
+    """Say how many completions of a file are of a kind, and print the first of them."""
+    shown = ""
+    if len(rows) > limit:
+        shown = f"; the first {limit}:"
+    print(f"\n{len(rows)} of {total} are {name}{shown}")
+    for one in rows[:limit]:
+        evaluate.print_completion(name, one.row, one.verdicts)

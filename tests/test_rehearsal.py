@@ -20,6 +20,7 @@ from conftest import (
     start_training,
     tiny_bart,
     tiny_family,
+    tiny_lfm2,
     tiny_model,
     tiny_tokenizer,
     toy_data,
@@ -145,13 +146,7 @@ def test_choose_layout_pads_what_leaks(model_type):
 
 def test_choose_layout_pads_a_convolution_at_random_weights():
     """What leaks from a sample into the next is 8e-5 of the logits in a new LFM2."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "block_auto_adjust_ff_dim": False}
-    layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    special = {"eos_token_id": 0, "pad_token_id": 1}
-    config = tf.Lfm2Config(vocab_size=259, **sizes, **layers, **heads, **special)
-    assert not prepare(tf.Lfm2ForCausalLM(config)).packing
+    assert not prepare(tiny_lfm2()).packing
 
 
 def test_choose_layout_one_by_one(capsys):
