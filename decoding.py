@@ -22,7 +22,7 @@ import models
 import storage
 import terminal
 from distributed import all_gather, print_on_rank0, rank_and_world_size
-from generation_settings import eos_token_ids, stream_seeds
+from models import eos_token_ids, stream_seeds
 from storage import UserError, is_out_of_memory
 
 if TYPE_CHECKING:

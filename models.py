@@ -6,17 +6,23 @@ torch is imported in functions, so that `finetune_cot.py --help` does not wait f
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
+import queue
+import socket
 import sys
+import threading
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import distributed
-import hub
 import storage
 import tasks
-from generation_settings import report_ignored
 from storage import UserError
 
 if TYPE_CHECKING:
@@ -51,10 +57,10 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     what = "is neither a folder here nor a model that could be downloaded"
     offline = True
     if Path(name).is_dir():
-        hub.check_model_folder(Path(name))
+        check_model_folder(Path(name))
         what = "could not be loaded"
     else:
-        offline = hub.use_cache_alone(name)
+        offline = use_cache_alone(name)
     where = {"local_files_only": offline}
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
@@ -228,3 +234,168 @@ def fit_context_window(
             f"{len(prompts)} prompts may be cut, {sum(new == 0 for _, new in fitted)} get no room"
         )
     return fitted
+
+
+# ---------------- Where a model comes from: a folder with all it needs, the cache, or the hub
+
+CONNECT_SECONDS = 2.5  # to reach the hub
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json vocab.json spiece.model tokenizer.model".split()
+)
+
+
+def use_cache_alone(name: str) -> bool:
+    """Tell whether a model by this hub name must come from the cache, as the hub is out of reach.
+
+    Raises UserError, with the nearest folder that holds a model, where it is not in the cache.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False  # no hub name: what loads it says so
+    if not constants.HF_HUB_OFFLINE and can_connect(constants.ENDPOINT):
+        return False
+    if cached:
+        return True
+    near = nearest_model_folder(name)
+    hint = ""
+    if near:
+        hint = f" (did you mean {near}?)"
+    raise UserError(
+        f"the model {name} is neither a folder here{hint} nor in the cache, and "
+        f"{constants.ENDPOINT} cannot be reached: give the path of a folder with the model, or "
+        "download it where there is a network and set HF_HUB_OFFLINE=1"
+    )
+
+
+def can_connect(url: str, seconds: float = CONNECT_SECONDS) -> bool:
+    """Tell whether the host of a URL accepts a connection in time; true behind a proxy."""
+    from urllib.request import getproxies  # slow to import, and --help needs none of it
+
+    address = urlsplit(url)
+    if address.scheme in getproxies():
+        return True
+    port = address.port or {"http": 80}.get(address.scheme, 443)
+    answers = queue.SimpleQueue()
+
+    def connect() -> None:
+        """Put the outcome into the queue."""
+        try:
+            socket.create_connection((address.hostname, port), seconds).close()
+            answers.put(True)
+        except OSError:
+            answers.put(False)
+
+    threading.Thread(target=connect, daemon=True).start()  # looking up a name knows no timeout
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return False
+
+
+def nearest_model_folder(name: str) -> str | None:
+    """Return the folder with a model, here or in the project, whose name is nearest to `name`."""
+    folders = {}
+    for root in {Path.cwd(), storage.ROOT}:
+        for pattern in ("*/config.json", "*/*/config.json", "saved/models/*/*/config.json"):
+            folders |= {path.parent.name.lower(): path.parent for path in root.glob(pattern)}
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), folders, 1)
+    if not close:
+        return None
+    return str(folders[close[0]].resolve())
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise UserError where a folder lacks a config or a tokenizer."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer: save one beside the model with "
+            f"tokenizer.save_pretrained({str(folder)!r})"
+        )
+
+
+# ---------------- What decides a text besides the weights: its end, its settings, random streams
+
+# Special tokens count here as they do in model.generate; length and sampling are the caller's.
+COUNTED = set(
+    "bos_token_id eos_token_id pad_token_id decoder_start_token_id max_length max_new_tokens "
+    "do_sample temperature top_p top_k transformers_version use_cache cache_implementation "
+    "return_dict_in_generate output_scores output_logits output_attentions output_hidden_states "
+    "remove_invalid_values early_stopping length_penalty is_assistant".split()  # two: of beams
+)
+NEUTRAL = {  # values that change nothing
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "min_length": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+}
+
+
+def eos_token_ids(model: Model, tokenizer: Tokenizer) -> set[int]:
+    """Return the tokens that end a text: the tokenizer's and those of the generation config."""
+    configured = model.generation_config.eos_token_id
+    if isinstance(configured, list):
+        return {tokenizer.eos_token_id, *configured}
+    return {tokenizer.eos_token_id, configured}
+
+
+def ignored_settings(model: Model) -> dict[str, Any]:
+    """Return the settings that would change what model.generate writes and do not count here.
+
+    {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
+    """
+    ignored = {}
+    for name, value in model.generation_config.to_diff_dict().items():
+        is_set = value is not None and value is not False and value != NEUTRAL.get(name)
+        if is_set and name not in COUNTED and not name.startswith("_"):
+            ignored[name] = value
+    return ignored
+
+
+def report_ignored(model: Model, name: str) -> None:
+    """Name, once for each model, what of its generation config does not count."""
+    ignored = ignored_settings(model)
+    if ignored:
+        named = ", ".join(f"{key} {value}" for key, value in ignored.items())
+        print_once(
+            f"the generation_config.json of {name} sets {named}: that does not count here, so "
+            "texts differ from those of model.generate"
+        )
+
+
+@functools.cache
+def print_once(text: str) -> None:
+    """Print a line, the first time it is asked for."""
+    distributed.print_on_rank0(text)
+
+
+def stream_seeds(seed: int, prompts: list[str], ks: Iterable[int]) -> list[list[int]]:
+    """Return a seed for each prompt and each k of ks: no row's random stream depends on others.
+
+    A prompt that is there again gets other ones, by how often it was there before, so that equal
+    lines of a file have texts of their own.
+    """
+    seen = Counter()
+    seeds = []
+    for prompt in prompts:
+        repetition = []
+        if seen[prompt]:
+            repetition = [seen[prompt]]
+        origins = [[seed, prompt, k, *repetition] for k in ks]
+        seeds.append([int(storage.fingerprint(origin), 16) % 2**63 for origin in origins])
+        seen[prompt] += 1
+    return seeds

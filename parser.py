@@ -8,10 +8,10 @@ import argparse
 from collections.abc import Callable
 
 import tasks
-from arguments import Parser
 from provenance import STAGES
 from storage import default_folder
 from tasks import API_FAMILIES, FINE_TUNED, PROMPTED
+from terminal import Parser
 
 USAGE = "%(prog)s [--task NAME ...] [--teacher NAME] [--student NAME] [more flags]"
 EPILOG = (

@@ -128,8 +128,14 @@ def is_redone(redo: str | None, stage: str) -> bool:
 # ---------------- The code that chooses and reads answers
 
 CODE_FILES = (
-    *("tasks.py", "answers.py", "plain_text.py", "candidates.py", "rejection.py", "selection.py"),
-    *("commitment.py", "replies.py", "curation.py", "extras/filters.py", "extras/batch_api.py"),
+    "tasks.py",
+    "answers.py",
+    "candidates.py",
+    "selection.py",
+    "replies.py",
+    "curation.py",
+    "extras/filters.py",
+    "extras/batch_api.py",
 )
 CODE_ROOTS = ["choose_samples", "finetune_text"]  # of curation.py: all else follows from them
 OTHER_ROWS = ("TASKS", "TEMPLATES")  # tables of which a file depends on its own row alone

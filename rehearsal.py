@@ -20,8 +20,7 @@ from transformers import PreTrainedModel as Model
 import decoding
 import models
 import storage
-from batches import IGNORE_INDEX, MicroBatch, Samples, collate
-from packing import label_logits
+from batches import IGNORE_INDEX, MicroBatch, Samples, collate, label_logits
 from storage import UserError
 from tokens import TokenizedSamples, TrainSample
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import replies
 import tasks
+from answers import MAX_SCAN_CHARS
 from api import JournalRow, Rows
-from commitment import SENTENCE_END, after_announcement
 from completions import SamplingConfig, format_prompt
-from plain_text import MAX_SCAN_CHARS
+from selection import SENTENCE_END, after_announcement
 
 ENDPOINTS = {"chat": "/chat/completions", "completions": "/completions"}
 Samples = list[tasks.Sample]

@@ -24,8 +24,8 @@ from answers import (
     AnswerType,
     Verdict,
 )
-from arguments import did_you_mean
 from storage import AnyPath, UserError
+from terminal import did_you_mean
 
 
 # ---------------- The table.  A new benchmark is one row here (its data: data/README.md)

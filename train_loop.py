@@ -41,11 +41,12 @@ from batches import (
     Samples,
     collate,
     global_batches,
+    label_logits,
     micro_batches,
+    packed_rows,
 )
 from checkpoints import Row, Rows, TrainState, describe_steps
 from distributed import Ranks, print0
-from packing import label_logits, packed_rows
 from storage import Interrupted, UserError, out_of_memory_hint
 from terminal import progress
 from tokens import TokenizedSamples

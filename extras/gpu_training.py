@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from batches import PackedLengths
-from packing import lengths_of_layer
+from batches import PackedLengths, lengths_of_layer
 from train_loop import TrainSetup
 
 
@@ -69,7 +68,7 @@ def padded_attention(
     packed_lengths: PackedLengths,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As packing.packed_attention, in one call on samples padded on the right."""
+    """As batches.packed_attention, in one call on samples padded on the right."""
     query_lengths, key_lengths = lengths_of_layer(module, packed_lengths)
     queries = padded_places(tuple(query_lengths), query.device)
     keys = padded_places(tuple(key_lengths), query.device)

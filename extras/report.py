@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 
 import evaluate
 import tasks
-from arguments import one_of
 from extras import paper, runs
 from extras.compare import RULES_FLAG
 from extras.labels import row_labels, run_name
 from extras.runs import EVERYTHING, RunKey, ScoredFile, Wanted, saved_files, scored_runs
 from storage import UserError, default_folder
+from terminal import one_of
 
 # ---------------- The table: methods x tasks
 

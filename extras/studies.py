@@ -22,9 +22,9 @@ import flags
 import provenance
 import storage
 import tasks
-from arguments import one_of
 from extras import report
 from storage import Interrupted, UserError
+from terminal import one_of
 
 USAGE = (
     "%(prog)s [--study NAME] [--task NAME ...] [--teacher NAME] [--student NAME] "

@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT, amount, timed
 
 import answers
-import plain_text
 import tasks
 
 ENDINGS = json.loads((Path(__file__).parent / "answer_endings.json").read_text())
@@ -192,7 +191,7 @@ PLAIN_TEXTS = [
 @pytest.mark.parametrize("text, plain", PLAIN_TEXTS)
 def test_normalize(text, plain):
     """A text is written in plain characters."""
-    assert plain_text.normalize(text) == plain
+    assert answers.normalize(text) == plain
 
 
 NUMBERS = [

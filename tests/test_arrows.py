@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 
-ANSWERS = {"candidates", "commitment", "plain_text", "rejection", "selection"}
+ANSWERS = {"candidates", "selection"}
 LOW = {"distributed", "storage", "tasks", "terminal"}
 STAGES = {"teacher", "train_loop", "evaluate"}  # none imports another
 PARTS = {  # of stages
@@ -37,18 +37,13 @@ PARTS = {  # of stages
 WIRE = {"replies", "servers"}  # of an API
 ALLOWED = {  # module: modules outside extras that it may import
     "storage": set(),
-    "arguments": set(),
     "terminal": {"storage"},
-    "hub": {"storage"},
-    "plain_text": set(),
     "candidates": set(),
-    "rejection": {"candidates"},
     "selection": {"candidates"},
-    "commitment": {"candidates", "rejection", "selection"},
     "answers": ANSWERS | {"storage"},
-    "tasks": {"answers", "arguments", "storage"},
+    "tasks": {"answers", "storage", "terminal"},
     "provenance": LOW,
-    "parser": LOW | {"arguments", "provenance"},
+    "parser": LOW | {"provenance"},
     "flags": LOW | {"completions", "curation", "parser", "provenance", "servers"},
     "data.toy": LOW,
     "completions": LOW,
@@ -59,18 +54,16 @@ ALLOWED = {  # module: modules outside extras that it may import
     "servers": LOW,
     "clients": LOW | WIRE,
     "api": LOW | WIRE | {"clients"},
-    "steps": LOW | {"api", "commitment", "completions", "plain_text", "replies"},
+    "steps": LOW | {"answers", "api", "completions", "replies", "selection"},
     "teacher": LOW | {"api", "completions", "replies", "steps"},
     "distributed": {"storage"},
-    "generation_settings": LOW,
-    "models": LOW | {"generation_settings", "hub"},
+    "models": LOW,
     "tokens": LOW | {"distributed", "models"},
     "batches": {"tokens"},
-    "packing": LOW | {"batches"},
     "checkpoints": LOW | {"provenance"},
-    "decoding": LOW | {"generation_settings", "models"},
-    "rehearsal": LOW | {"batches", "decoding", "models", "packing", "tokens"},
-    "train_loop": LOW | {"batches", "checkpoints", "packing", "rehearsal", "tokens"},
+    "decoding": LOW | {"models"},
+    "rehearsal": LOW | {"batches", "decoding", "models", "tokens"},
+    "train_loop": LOW | {"batches", "checkpoints", "rehearsal", "tokens"},
     "evaluate": LOW | {"completions", "decoding", "models", "terminal"},
     "finetune_cot": LOW | STAGES | PARTS | {"flags", "data.toy"},
 }

@@ -25,7 +25,6 @@ from conftest import (
 
 import batches
 import checkpoints
-import packing
 import train_loop
 from batches import PackedLengths
 from storage import UserError
@@ -163,7 +162,7 @@ def test_label_logits_are_computed_at_label_positions_alone(kind):
         is_label = batch.targets != -100
         inputs = dict(batch.inputs)
         inputs.pop("packed_lengths", None)
-        logits = packing.label_logits(model, batch._replace(inputs=inputs), model.device)
+        logits = batches.label_logits(model, batch._replace(inputs=inputs), model.device)
         assert widths.pop() == is_label.sum()
         whole = model(**inputs).logits[is_label]
         widths.clear()
@@ -179,11 +178,11 @@ def test_lengths_of_layer_tells_self_attention_from_cross_attention():
     lengths = PackedLengths([1, 2], [3, 4])
     encoder = model.encoder.block[0].layer[0].SelfAttention
     decoder, cross, _ = model.decoder.block[0].layer
-    assert packing.lengths_of_layer(encoder, lengths) == ([1, 2], [1, 2])
-    assert packing.lengths_of_layer(decoder.SelfAttention, lengths) == ([3, 4], [3, 4])
-    assert packing.lengths_of_layer(cross.EncDecAttention, lengths) == ([3, 4], [1, 2])
+    assert batches.lengths_of_layer(encoder, lengths) == ([1, 2], [1, 2])
+    assert batches.lengths_of_layer(decoder.SelfAttention, lengths) == ([3, 4], [3, 4])
+    assert batches.lengths_of_layer(cross.EncDecAttention, lengths) == ([3, 4], [1, 2])
     layer = tiny_model("gpt2").transformer.h[0].attn
-    assert packing.lengths_of_layer(layer, PackedLengths([1, 2], [])) == ([1, 2], [1, 2])
+    assert batches.lengths_of_layer(layer, PackedLengths([1, 2], [])) == ([1, 2], [1, 2])
 
 
 def tiny_mistral():
