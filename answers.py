@@ -44,7 +44,8 @@ PUNCTUATION_TO_SPACES = str.maketrans("\"'.:,", "     ")
 
 def paper_numbers(text: str) -> list[str]:
     """'$1,234.50 or 5 - 8 = -3' -> ['1234.50', '5', '8', '-3']"""
-    return PAPER_NUMBER_PATTERN.findall(text.replace(",", ""))
+    bare = text.replace(",", "")
+    return PAPER_NUMBER_PATTERN.findall(bare)
 
 
 def paper_floats(text: str) -> list[float]:
@@ -54,7 +55,8 @@ def paper_floats(text: str) -> list[float]:
 
 def paper_yes_no(text: str) -> list[str]:
     """'No, it is "Yes".' -> ['no', 'yes'], but 'no;' -> []"""
-    words = text.lower().translate(PUNCTUATION_TO_SPACES).split()
+    spaced = text.lower().translate(PUNCTUATION_TO_SPACES)
+    words = spaced.split()
     return [word for word in words if word in ("yes", "no")]
 
 
@@ -68,7 +70,9 @@ def is_close(a: float, b: float) -> bool:
 
 def decimals(number: float) -> int:
     """0.67 -> 2, 5.0 -> 0; of 1e-9 none are counted."""
-    return len(f"{number!r}".rstrip("0").partition(".")[2])
+    written = f"{number!r}".rstrip("0")
+    _, _, stated = written.partition(".")
+    return len(stated)
 
 
 def is_close_as_stated(value: float, gold: float) -> bool:
@@ -76,11 +80,13 @@ def is_close_as_stated(value: float, gold: float) -> bool:
 
     2/3, 0.667 and 0.67 are the same as 0.6666666666666666; 0.6 and 1 are not.
     """
-    difference = abs(value - gold)
-    if difference < 1e-6 or difference > 0.05:
-        return difference < 1e-6
+    if is_close(value, gold):
+        return True
     stated = decimals(value)
-    return stated > 0 and decimals(gold) >= 12 and is_close(value, round(gold, stated))
+    if stated == 0 or decimals(gold) < 12:
+        return False
+    rounded = round(gold, stated)
+    return is_close(value, rounded)
 
 
 # The paper compares the numbers of some tasks as strings (18.00 is not 18), and lower-cases the
@@ -134,10 +140,12 @@ class Verdict(NamedTuple):
 def paper_prediction(extractor: Extractor, prefix: str | None, text: str) -> tuple[Any, list]:
     """Read the first candidate after the prefix; without one, the text's last (paper, appendix)."""
     position = 0
-    if prefix and prefix in text:
-        text = text.partition(prefix)[2]
-    elif prefix:
-        position = -1
+    if prefix:
+        _, found, after = text.partition(prefix)
+        if found:
+            text = after
+        else:
+            position = -1
     candidates = extractor.candidates(text)
     if not candidates:
         return None, []
@@ -154,7 +162,8 @@ def is_alone(extractor: Extractor, text: str, only: Candidate) -> bool:
     if start < 4 and len(text) < end + 4:  # ' (D).'
         return True
     if extractor.other_forms is not forms.nothing:  # another may be announced
-        if has_one_of(text[end:], ANNOUNCING) or 0 <= text.rfind("nswer", 0, start) < start - 12:
+        announcement = text.rfind("nswer", 0, start)
+        if 0 <= announcement < start - 12 or has_one_of(text[end:], ANNOUNCING):
             return False
     if start < 4 and text[end] in ",.;":  # ' no, he is not.'
         return True
@@ -163,27 +172,36 @@ def is_alone(extractor: Extractor, text: str, only: Candidate) -> bool:
 
 def flexible_prediction(extractor: Extractor, prefix: str | None, text: str) -> tuple[Any, list]:
     """Read what a text commits itself to last, as a careful person would."""
-    if extractor.is_number and (bare := text.strip().rstrip(".")).isdecimal():  # ' 350.'
-        return float(bare), [float(bare)]
+    if extractor.is_number:
+        bare = text.strip().rstrip(".")
+        if bare.isdecimal():  # ' 350.'
+            number = float(bare)
+            return number, [number]
     text = normalize(text)
     candidates = extractor.candidates(text) or extractor.other_forms(text)
     if not candidates:
         return None, []
-    if len(candidates) == 1 and is_alone(extractor, text, candidates[0]):
-        return candidates[0].value, [candidates[0].value]
     values = [c.value for c in candidates]
-    chosen = choose(extractor, text, candidates, not prefix)
+    first = candidates[0]
+    if len(candidates) == 1 and is_alone(extractor, text, first):
+        return first.value, values
+    goes_on = not prefix
+    chosen = choose(extractor, text, candidates, goes_on)
     if not chosen:
         return None, values
     hedged = extractor.can_hedge and is_hedged(text, candidates, chosen)
     if hedged or is_rejected(text, candidates, chosen):
-        candidates = accepted(text, without_questions(text, candidates))
-        chosen = candidates and choose(extractor, text, candidates, not prefix)
+        stated = without_questions(text, candidates)
+        candidates = accepted(text, stated)
+        if not candidates:
+            return None, values
+        chosen = choose(extractor, text, candidates, goes_on)
         if not chosen or (hedged and is_hedged(text, candidates, chosen)):
             return None, values
-    if chosen.value not in values:  # in another form
-        values.append(chosen.value)
-    return chosen.value, values
+    value = chosen.value
+    if value not in values:  # in another form
+        values.append(value)
+    return value, values
 
 
 SHORT_ANSWERS = 10_000  # that a grader remembers
@@ -200,8 +218,8 @@ def make_grader(answer_type: AnswerType, prefix: str | None, rules: str, task: s
     """
     if rules not in PREDICTIONS:
         raise UserError(f"there are no {rules!r} rules: choose paper or flexible")
-    extractor = getattr(answer_type, rules)
     predict = PREDICTIONS[rules]
+    extractor = getattr(answer_type, rules)
     is_same = extractor.is_same
     read_gold = functools.cache(extractor.gold)
 
@@ -225,7 +243,8 @@ def make_grader(answer_type: AnswerType, prefix: str | None, rules: str, task: s
         contains = correct
         if not correct and (prediction is None or len(candidates) > 1):
             contains = any(is_same(value, gold) for value in set(candidates))
-        return Verdict(prediction, candidates, correct, contains, not prefix or prefix in text)
+        has_format = not prefix or prefix in text
+        return Verdict(prediction, candidates, correct, contains, has_format)
 
     return grade
 
@@ -234,6 +253,7 @@ def make_grader(answer_type: AnswerType, prefix: str | None, rules: str, task: s
 
 MAX_SCAN_CHARS = 100_000  # at the beginning and at the end of a completion
 QUESTION = re.compile(r"\n\s{0,9}(?:Q|Question|Human|User)\s?\d{0,3}:", re.IGNORECASE)
+ASKING = ("Q", "q", "Human:", "User:")  # QUESTION finds nothing without one of these
 OWN_ANSWER = re.compile(r"\n\s{0,9}(?:A|Answer):", re.IGNORECASE)
 RECITAL = re.compile(r"\bexamples?\b", re.IGNORECASE)
 ASCII_SIGNS = {
@@ -279,14 +299,17 @@ MINUS = re.compile(r"(?<![\d)] )\b(?:minus|negative) (?=\$?\d)")  # 'It is minus
 
 def plain_character(m: re.Match) -> str:
     """'\u0663' -> '3', '\u00bd' -> ' 1/2'"""
-    if m[0].isdecimal():
-        return str(unicodedata.decimal(m[0]))
-    return " " + unicodedata.normalize("NFKC", m[0]).replace("\u2044", "/")
+    sign = m[0]
+    if sign.isdecimal():
+        return str(unicodedata.decimal(sign))
+    fraction = unicodedata.normalize("NFKC", sign)
+    return " " + fraction.replace("\u2044", "/")
 
 
 def plain_unicode(text: str) -> str:
     """Write other digits, signs, spaces, quotes and fractions as in ASCII: '１０²' -> '10^2'"""
-    text = RAISED.sub(lambda m: "^" + m[0].translate(LOWERED), text.translate(PLAIN))
+    text = text.translate(PLAIN)
+    text = RAISED.sub(lambda m: "^" + m[0].translate(LOWERED), text)
     text = UNUSUAL.sub(plain_character, text)
     return CJK_BORDER.sub(" ", text)
 
@@ -305,10 +328,14 @@ def own_reply(text: str) -> str:
     before it ('Q: ... A: 5\\n\\nQ: ... A: 7'): then it is the last.
     """
     head, *others = QUESTION.split("\n" + text)
-    is_recital = not head.strip() or (RECITAL.search(head) and head.rstrip().endswith(":"))
-    if others and is_recital:
-        return OWN_ANSWER.split(others[-1], 1)[-1]
-    return head
+    if not others:
+        return head
+    bare = head.strip()
+    is_recital = bare.endswith(":") and RECITAL.search(bare)
+    if bare and not is_recital:
+        return head
+    *_, answer = OWN_ANSWER.split(others[-1], 1)
+    return answer
 
 
 def normalize(text: str) -> str:
@@ -317,10 +344,10 @@ def normalize(text: str) -> str:
         text = f"{text[:MAX_SCAN_CHARS]}\n{text[-MAX_SCAN_CHARS:]}"
     if not text.isascii():
         text = plain_unicode(text)
-    if "\\" in text or "{" in text:
+    if has_one_of(text, ("\\", "{")):
         text = plain_latex(text)
-    if "minus " in text or "negative " in text:
+    if has_one_of(text, ("minus ", "negative ")):
         text = MINUS.sub("-", text)
-    if ":" in text and ("Q" in text or "q" in text or "Human:" in text or "User:" in text):
+    if ":" in text and has_one_of(text, ASKING):
         text = own_reply(text)
     return text

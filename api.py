@@ -4,25 +4,23 @@ teacher.py says what is asked; extras/batch_api.py uses the same session for bat
 """
 
 import asyncio
-import collections
 import contextlib
-import json
+import functools
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, get_args, get_type_hints
 
-import replies
 import servers
 import storage
+from refusals import FLAGGED, STOPPING_CODES, Refusal, StatusError, error_text, read_refusal
 from replies import InvalidReplyError, read_usage
 from storage import UserError
 
@@ -32,8 +30,8 @@ LONGEST_PAUSE = 900.0  # seconds that all workers wait while the server says 429
 MAX_RATE_LIMITED = 50  # 429s of one request, which may be too large for the limit
 FIRST_REFUSALS = 5  # equal 400s to the first requests of a run: no single question is to blame
 MAX_EQUAL_FAULTS = 5  # in a row: replies that cost money and cannot be used; failed connections
+PASSING_STATUSES = (408, 409, 429)  # worth another attempt, as those from 500 on
 STOPPING_STATUSES = (401, 402, 403, 404)  # a key, an account or a name is wrong
-STOPPING_CODES = ("insufficient_quota", "billing_hard_limit_reached")
 REMEDIES = {  # of a parameter that a model refuses
     "temperature": "use --no_temperature",
     "max_tokens": "leave out --legacy_max_tokens",
@@ -60,8 +58,9 @@ class ApiConfig(NamedTuple):
 
     def dollars(self, prompt_tokens: int, completion_tokens: int, **_: int) -> float:
         """Return what tokens cost at most; of a usage, reasoning tokens are among completion's."""
-        cost = prompt_tokens * (self.price_in or 0) + completion_tokens * (self.price_out or 0)
-        return cost / 1e6
+        prompt_cost = prompt_tokens * (self.price_in or 0)
+        completion_cost = completion_tokens * (self.price_out or 0)
+        return (prompt_cost + completion_cost) / 1e6
 
 
 class RequestError(Exception):
@@ -70,56 +69,6 @@ class RequestError(Exception):
 
 class RunStopped(Exception):
     """The run ends: no new request."""
-
-
-# ---------------- What a server says besides its answer
-
-
-class Refusal(NamedTuple):
-    """What a server says instead of an answer: an HTTP error, or an error inside a 200."""
-
-    status: int
-    text: str
-    code: str | None = None  # of the error
-    param: str | None = None  # that is refused
-    wait: float | None = None  # seconds that it asks for
-
-
-def error_text(error: object, secrets: Iterable[str] | None = None) -> str:
-    """Return what a server or the network said, in one line, without a secret it may repeat."""
-    text = replies.printable(str(error)) or type(error).__name__
-    for secret in servers.secrets() if secrets is None else secrets:
-        text = text.replace(secret, "[key]")
-    return text[:400]
-
-
-def read_refusal(error: Any) -> Refusal:
-    """Return what an openai.APIStatusError says, in the server's words."""
-    response = error.response
-    words = ""
-    with contextlib.suppress(ValueError, RecursionError):
-        words = replies.server_words(json.loads(response.content))
-    if not words:
-        words = re.sub(r"<[^<>]*>", " ", response.content[:4000].decode("utf-8", "replace"))
-    if 300 <= error.status_code < 400:
-        words = f"it redirects to {response.headers.get('location', 'nowhere')}"
-    wait = retry_after(response.headers)
-    codes = [code for code in (error.code, error.type) if isinstance(code, str)]
-    code = next((code for code in codes if code in STOPPING_CODES), (codes or [None])[0])
-    text = f"the server answered {error.status_code}: {words}"
-    return Refusal(error.status_code, text, code, error.param, wait)
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that a server asks to wait: milliseconds, seconds, or an HTTP date."""
-    try:
-        if "retry-after-ms" in headers:
-            return float(headers["retry-after-ms"]) / 1000
-        if ":" not in headers["retry-after"]:
-            return float(headers["retry-after"])
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (LookupError, TypeError, ValueError):
-        return None
 
 
 # ---------------- The journal: what was answered, and what that cost
@@ -159,9 +108,14 @@ def open_journal(path: Path) -> storage.Journal:
     known = set()  # columns and their types of rows that are right
     for key, row in journal.rows.items():
         shape = (*row, *map(type, row.values()))
-        if shape not in known and not has_columns(row) or not has_usage(row):
+        is_right = shape in known or has_columns(row)
+        usage = row.get("usage")
+        if usage is not None:  # it must be one that can be counted
+            is_right = is_right and read_usage(usage) is not None
+        if not is_right:
+            name = str(key)[:40]
             raise UserError(
-                f"{path}: the row with the key {str(key)[:40]!r} is not one of this program: "
+                f"{path}: the row with the key {name!r} is not one of this program: "
                 "mend or delete that line"
             )
         known.add(shape)
@@ -171,32 +125,32 @@ def open_journal(path: Path) -> storage.Journal:
 def has_columns(row: dict[str, Any]) -> bool:
     """Tell whether an answer or, where it has an `error`, a failure has its columns."""
     for name, value in row.items():
-        if not isinstance(value, ROW_TYPES.get(name, object)):
+        expected = ROW_TYPES.get(name, object)
+        if not isinstance(value, expected):
             return False
-    if "usage" in row and not all(type(row.get(k)) is int for k in ("attempts", "unanswered")):
-        return False
+    if "usage" in row:
+        counts = (row.get("attempts"), row.get("unanswered"))
+        if not all(type(count) is int for count in counts):
+            return False
     return "error" in row or JournalRow.__required_keys__ <= row.keys()
-
-
-def has_usage(row: dict[str, Any]) -> bool:
-    """Tell whether the usage of a row, if it has one, can be counted."""
-    usage = row.get("usage")
-    return usage is None or read_usage(usage) is not None
 
 
 def sum_usage(rows: Iterable[JournalRow]) -> dict[str, int]:
     """Return tokens and requests of journal rows: `metadata.usage` of a completion file."""
     billed = [row for row in rows if "usage" in row]
     known = [row["usage"] for row in billed if row["usage"]]
-    total = {
-        "prompt_tokens": sum(usage["prompt_tokens"] for usage in known),
-        "completion_tokens": sum(usage["completion_tokens"] for usage in known),
+    total = {"prompt_tokens": 0, "completion_tokens": 0}
+    reasoning = 0
+    for usage in known:
+        total["prompt_tokens"] += usage["prompt_tokens"]
+        total["completion_tokens"] += usage["completion_tokens"]
+        reasoning += usage.get("reasoning_tokens", 0)
+    total |= {
         "usage_unknown": len(billed) - len(known),
         "requests": len(billed),
         "attempts": sum(row["attempts"] for row in billed),
         "unanswered": sum(row["unanswered"] for row in billed),
     }
-    reasoning = sum(usage.get("reasoning_tokens", 0) for usage in known)
     if reasoning:  # among the completion tokens
         total["reasoning_tokens"] = reasoning
     return total
@@ -210,22 +164,23 @@ class ApiSession:
 
     def __init__(self, api: ApiConfig, path: Path) -> None:
         """Open the journal of a completion file and count what was spent on it so far."""
-        import clients
-
         self.api = api
+        self.base_url = api.base_url or servers.OPENAI
         self.secrets = servers.secrets(api.extra_headers)
-        self.proxy = servers.find_proxy(servers.read_address(api.base_url or clients.OPENAI))
-        self.client = clients.make_client(api.base_url, api.extra_headers, self.proxy)
+        address = servers.read_address(self.base_url)
+        self.proxy = servers.find_proxy(address)
+        self.http: Any = None  # an httpx2.AsyncClient, from connect() on
         self.journal = open_journal(path.with_suffix(".journal.jsonl"))
         self.failures = open_journal(path.with_suffix(".failures.jsonl"))
-        self.unwritten: collections.deque[list[JournalRow]] = collections.deque()
+        self.unwritten: deque[list[JournalRow]] = deque()
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.requests = 0  # that were answered
         self.failed_keys: set[str] = set()
-        self.ends: collections.Counter[str] = collections.Counter()  # why rationales ended
-        self.unknown_ends: collections.Counter[str] = collections.Counter()
+        self.ends: Counter[str] = Counter()  # why rationales ended
+        self.unknown_ends: Counter[str] = Counter()
         self.refusals: list[str] = []
-        self.unusable: list[tuple[str, object]] = []  # (kind, call) of replies since an answer
+        self.unusable_kind = ""
+        self.unusable: list[object] = []  # calls with replies of that kind since an answer
         self.lost_connections = 0  # in a row
         self.lost_at = -math.inf  # time.monotonic() of the last one
         self.stop_reason: str | KeyboardInterrupt | None = None
@@ -238,12 +193,39 @@ class ApiSession:
         self.reserved = 0.0  # dollars that the requests under way may cost
         usage = self.usage()
         self.spent = api.dollars(usage["prompt_tokens"], usage["completion_tokens"])
-        for row in (*self.journal.rows.values(), *self.failures.rows.values()):
+        for row in self.all_rows():
             self.spent += row.get("possible_cost", 0)  # it may have been billed
+
+    def connect(self) -> None:
+        """Make the client, since something must be asked.  Raises UserError for a bad key."""
+        import clients
+
+        self.http = clients.make_client(self.base_url, self.api.extra_headers, self.proxy)
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """Return the openai.AsyncOpenAI around the client, for batches and fine-tuning jobs."""
+        import clients
+
+        headers = self.api.extra_headers
+        return clients.wrap_client(self.http, self.base_url, headers)
+
+    async def post(self, endpoint: str, body: dict[str, Any], key: str) -> bytes:
+        """Send a request; return the body of its reply.  Raises StatusError, httpx2.HTTPError."""
+        headers = {"X-Client-Request-Id": key}
+        response = await self.http.post(endpoint, json=body, headers=headers)
+        if not response.is_success:
+            raise StatusError(response)
+        return response.content
 
     def usage(self) -> dict[str, int]:
         """Return the tokens and requests of all runs; what cannot be used was paid for, too."""
-        return sum_usage([*self.journal.rows.values(), *self.failures.rows.values()])
+        return sum_usage(self.all_rows())
+
+    def all_rows(self) -> Iterator[JournalRow]:
+        """Yield the answers and failures of all runs."""
+        yield from self.journal.rows.values()
+        yield from self.failures.rows.values()
 
     def words(self, error: object) -> str:
         """Return what a server or the network said, without the secrets of this session."""
@@ -253,12 +235,18 @@ class ApiSession:
         """Return what work gives, with the files closed; Ctrl-C stops the run, and work ends.
 
         Requests under way are waited for.  A second Ctrl-C raises KeyboardInterrupt at once.
+        SIGTERM does the same by itself: what a script starts with & has Ctrl-C ignored.
         """
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, os.kill, os.getpid(), signal.SIGINT)
         task = asyncio.ensure_future(work)
+        shield = asyncio.shield(task)
+
+        def terminate() -> None:
+            if not shield.cancel():  # the second signal, or all is done
+                raise KeyboardInterrupt
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
         try:
-            return await asyncio.shield(task)
+            return await shield
         except asyncio.CancelledError:
             asyncio.current_task().uncancel()
             self.stop(KeyboardInterrupt())
@@ -270,7 +258,8 @@ class ApiSession:
 
     async def close(self) -> None:
         self.writer.shutdown()  # when all is written
-        await self.client.close()
+        if self.http:
+            await self.http.aclose()
         for journal in (self.failures, self.journal):  # the journal's lock is released last
             if not journal.rows:
                 journal.path.unlink()
@@ -296,29 +285,37 @@ class ApiSession:
 
     async def wait_for_rate_limit(self, tokens: float) -> None:
         """Wait until no pause and no limit a minute forbids a request of so many tokens."""
-        a_request = 60 / (self.api.requests_per_minute or math.inf)
-        a_token = 60 / (self.api.tokens_per_minute or math.inf)
+        requests_per_minute = self.api.requests_per_minute or math.inf
+        tokens_per_minute = self.api.tokens_per_minute or math.inf
+        minutes = max(1 / requests_per_minute, tokens / tokens_per_minute)
         async with self.turns:
-            while (wait := max(self.not_before, self.next_turn) - time.monotonic()) > 0:
-                await self.sleep_or_stop(wait)
-            self.next_turn = time.monotonic() + max(a_request, tokens * a_token)
+            now = time.monotonic()
+            while (turn := max(self.not_before, self.next_turn)) > now:
+                await self.sleep_or_stop(turn - now)
+                now = time.monotonic()
+            self.next_turn = now + 60 * minutes
 
     def pause(self, asked: float | None, why: str) -> None:
         """Make all workers wait as long as the server asks, else longer and longer."""
         now = time.monotonic()
         self.paused_since = min(self.paused_since, now)
         paused = now - self.paused_since
-        if max(asked or 0, paused) > LONGEST_PAUSE:
+        longest = max(asked or 0, paused)
+        if longest > LONGEST_PAUSE:
             wait = f"the server asks to wait {asked or paused:.0f} s"
             self.stop(f"{wait} ({why}): start the same command again then")
-        backoff = min(LONGEST_BACKOFF, max(BACKOFF, paused)) * random.uniform(0.5, 1)
-        self.not_before = max(self.not_before, now + (asked or backoff))
+        backoff = min(LONGEST_BACKOFF, max(BACKOFF, paused))
+        wait = asked or backoff * random.uniform(0.5, 1)
+        end = now + wait
+        self.not_before = max(self.not_before, end)
         self.pause_reason = why
 
     async def reserve(self, cost: float) -> None:
         """Set aside what a request may cost; the run ends where --max_cost has no room for it."""
         limit = self.api.max_cost
-        while limit is not None and self.spent + self.reserved + cost > limit:
+        if limit is None:
+            limit = math.inf
+        while self.spent + self.reserved + cost > limit:
             if self.reserved < 1e-10:  # nothing under way whose bill could turn out lower
                 spent = f"${self.spent:.4f} are spent, or may have been"
                 self.stop(f"--max_cost {limit}: {spent}, and the next request may cost ${cost:.4f}")
@@ -330,8 +327,10 @@ class ApiSession:
 
         That bounds what a kill can lose, and what is spent after the disk is full.
         """
-        self.unwritten.append(self.journal.add(rows))
-        self.writer.submit(self.write_journal, asyncio.get_running_loop())
+        new_rows = self.journal.add(rows)
+        self.unwritten.append(new_rows)
+        loop = asyncio.get_running_loop()
+        self.writer.submit(self.write_journal, loop)
         while len(self.unwritten) > self.api.concurrency:
             await self.sleep_or_stop(0.01)
 
@@ -346,11 +345,14 @@ class ApiSession:
         except OSError as e:
             problem = f"{self.journal.path} cannot be written ({e.strerror})"
             remedy = "make room and start the same command again"
-            loop.call_soon_threadsafe(self.stop, f"{problem}, so nothing more is asked: {remedy}")
+            reason = f"{problem}, so nothing more is asked: {remedy}"
+            loop.call_soon_threadsafe(self.stop, reason)
 
     def add_failure(self, key: str, **columns: Any) -> None:
         """Put on the disk why there is no answer, and what that may cost."""
-        self.failures.append([{"key": f"{key} {len(self.failures.rows)}", **columns}])
+        number = len(self.failures.rows)
+        row = {"key": f"{key} {number}", **columns}
+        self.failures.append([row])
 
     def bill(self, error: InvalidReplyError, most: float) -> None:
         """Count what a reply that cannot be used costs: its usage, or `most` dollars."""
@@ -370,13 +372,15 @@ class ApiSession:
         Five in a row of one kind end the run, unless one call got all of them: its question may be
         to blame.
         """
-        if self.unusable and self.unusable[0][0] != kind:
+        if kind != self.unusable_kind:
+            self.unusable_kind = kind
             self.unusable.clear()
-        self.unusable.append((kind, call))
-        if len(self.unusable) < MAX_EQUAL_FAULTS:
+        self.unusable.append(call)
+        count = len(self.unusable)
+        if count < MAX_EQUAL_FAULTS:
             return False
-        if any(other is not call for _, other in self.unusable):
-            text = f"{len(self.unusable)} replies in a row could not be used: {kind}"
+        if self.unusable != [call] * count:
+            text = f"{count} replies in a row could not be used: {kind}"
             self.stop(f"{text} ({self.failures.path} says more where they cost money)")
         return True
 
@@ -411,14 +415,17 @@ def handle_refusal(session: ApiSession, refusal: Refusal) -> None:
     """
     status = refusal.status
     text = session.words(refusal.text)
-    if status in STOPPING_STATUSES or refusal.code in STOPPING_CODES:
+    code = refusal.code
+    is_flagged = code == FLAGGED  # one question is to blame
+    if code in STOPPING_CODES or (status in STOPPING_STATUSES and not is_flagged):
         session.stop(text)
     elif status < 400:
         session.stop(f"{text}: name that address with --base_url")
-    elif refusal.code in ("unsupported_value", "unsupported_parameter"):
-        remedy = REMEDIES.get(str(refusal.param), "see --help for the flag that sends it")
+    elif code in ("unsupported_value", "unsupported_parameter"):
+        name = str(refusal.param)
+        remedy = REMEDIES.get(name, "see --help for the flag that sends it")
         session.stop(f"the model refuses the parameter {refusal.param!r}: {remedy} ({text})")
-    elif status < 500 and status not in (408, 409, 429):
+    elif status < 500 and status not in PASSING_STATUSES:
         session.refusals.append(text)
         if not session.requests and session.refusals == [text] * FIRST_REFUSALS:
             session.stop(f"the first {FIRST_REFUSALS} requests were all refused: {text}")
@@ -438,12 +445,12 @@ async def call_with_retries(
 
     Raises RequestError where the request is refused or given up, RunStopped where the run ends.
     """
-    # The client's own retries hide attempts without a reply, which may have been billed; in them
-    # every worker runs into a 429 by itself, and insufficient_quota is asked again.
-    import openai
+    import httpx2
 
     call = object()
-    tried = unanswered = rate_limited = 0
+    tried = 0
+    unanswered = 0
+    rate_limited = 0
     while tried < session.api.max_attempts and rate_limited < MAX_RATE_LIMITED:
         if tried:
             backoff = min(LONGEST_BACKOFF, BACKOFF * 2**tried)
@@ -459,10 +466,10 @@ async def call_with_retries(
                 reply = await send()
             session.count_answer()
             return reply, tried, unanswered
-        except (openai.APIStatusError, InvalidReplyError) as e:
+        except (StatusError, InvalidReplyError) as e:
             fault = read_fault(session, e, cost, call)
-        except (openai.APIConnectionError, TimeoutError) as e:
-            fault = read_loss(session, e, cost, call, started)
+        except (httpx2.HTTPError, OSError) as e:  # TimeoutError is one
+            fault = read_loss(session, e, cost, started)
         finally:
             session.reserved -= cost
         unanswered += fault.is_unanswered
@@ -491,8 +498,9 @@ def read_fault(session: ApiSession, error: Exception, cost: float, call: object)
     An error of the request's own, such as 429, is no more billed in a 200 than as a status.
     """
     if not isinstance(error, InvalidReplyError):
-        refusal = read_refusal(error)
-        return Fault(session.words(refusal.text), refusal)
+        refusal = read_refusal(error.response)
+        text = session.words(refusal.text)
+        return Fault(text, refusal)
     text = session.words(error)
     status = error.status
     if error.code in STOPPING_CODES:
@@ -500,29 +508,28 @@ def read_fault(session: ApiSession, error: Exception, cost: float, call: object)
     if status is not None and status < 500:
         session.bill(error, 0.0)
         text = f"the server answered 200 with {text}"
-        return Fault(text, Refusal(status, text, error.code))
+        refusal = Refusal(status, text, error.code)
+        return Fault(text, refusal)
     session.bill(error, cost)
-    return Fault(text, is_final=session.count_unusable(error.kind, call))
+    is_final = session.count_unusable(error.kind, call)
+    return Fault(text, is_final=is_final)
 
 
-def read_loss(
-    session: ApiSession, error: Exception, cost: float, call: object, started: float
-) -> Fault:
+def read_loss(session: ApiSession, error: Exception, cost: float, started: float) -> Fault:
     """Return why there is no reply; count what that may cost: nothing where nothing was sent."""
     import httpx2
 
-    if isinstance(error.__cause__, InvalidReplyError):  # the transport stopped reading
-        return read_fault(session, error.__cause__, cost, call)
     never_sent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
     text = "no reply in time"
-    if isinstance(error.__cause__, httpx2.ConnectTimeout):
+    if isinstance(error, httpx2.ConnectTimeout):
         text = "it takes too long"
     elif not isinstance(error, TimeoutError):
-        text = root_causes(error.__cause__ or error)
+        text = root_causes(error)
     if session.proxy:
-        text += f", through the proxy {servers.proxy_name(session.proxy)}"
+        proxy = servers.proxy_name(session.proxy)
+        text += f", through the proxy {proxy}"
     text = session.words(text)
-    if isinstance(error.__cause__, never_sent):
+    if isinstance(error, never_sent):
         session.lose_connection(text, started)
         return Fault(text)
     session.spent += cost
@@ -534,10 +541,13 @@ def read_loss(
 def root_causes(error: Any) -> str:
     """Return what an error says, and its first cause: "all attempts failed" is no reason."""
     text = str(error) or type(error).__name__
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     if isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, ConnectionError) and error.errno:
         error = os.strerror(error.errno)
-    return text if str(error) in text else f"{text} ({error})"
+    root = str(error)
+    if root in text:
+        return text
+    return f"{text} ({root})"

@@ -6,13 +6,13 @@ rank.  Packed, the samples of a micro-batch lie end to end in one row, so that n
 Shapes: B rows of a micro-batch, T tokens of a row, N label tokens in all, H width, V vocabulary.
 """
 
-import contextlib
-import functools
-import heapq
 import inspect
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from heapq import heapreplace
+from math import ceil
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,14 @@ from transformers import AttentionInterface, BatchEncoding
 from transformers import PreTrainedModel as Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from models import set_attention
 from tokens import TrainSample
 
 Ids = list[int]
 Samples = list[TrainSample]
+Places = Sequence[int]
+Inputs = tuple[Any, ...]
+Options = dict[str, Any]
 
 # ---------------- Global batches -> micro-batches
 
@@ -34,9 +38,11 @@ def global_batches(n_samples: int, batch_size: int, seed: int, epoch: int) -> li
 
     The order depends on seed and epoch alone: any number of ranks, and a resumed run, agree on it.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator()
+    generator.manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n_samples, generator=generator).tolist()
-    return [order[i : i + batch_size] for i in range(0, n_samples, batch_size)]
+    starts = range(0, n_samples, batch_size)
+    return [order[start : start + batch_size] for start in starts]
 
 
 def micro_batches(
@@ -48,62 +54,75 @@ def micro_batches(
     some may be empty.  A single sample is always within the bounds.  The step sums over all
     samples, so the grouping changes its rounding and its dropout masks alone.
     """
-    longest_first = sorted(batch, key=lambda sample: (-sample.length, sample.sample_index))
+    longest_first = sorted(batch, key=attrgetter("sample_index"))
+    longest_first.sort(key=attrgetter("length"), reverse=True)  # stable
     lengths = [sample.length for sample in longest_first]
     max_samples = max_samples or len(batch)
     max_tokens = max_tokens or sum(lengths) * len(batch)
-    split = split_packed if packing else split_padded
-    bounds = {"max_samples": max_samples, "max_tokens": max_tokens, "packing": packing}
-    is_small = functools.partial(is_within, lengths=lengths, **bounds)
+
+    def is_within_bounds(places: Places) -> bool:
+        """Return whether the samples at these places, the longest first, may be a micro-batch."""
+        n_samples = len(places)
+        if n_samples < 2:
+            return True
+        if n_samples > max_samples:
+            return False
+        if packing:
+            of_samples = map(lengths.__getitem__, places)
+            return sum(of_samples) <= max_tokens
+        longest = lengths[places[0]]
+        return n_samples * longest <= max_tokens
+
+    split = split_padded
+    if packing:
+        split = split_packed
     fewest = fewest_groups(lengths, max_samples, max_tokens)
-    fewest = math.ceil(fewest / world_size) * world_size
-    for n_groups in itertools.count(fewest, world_size):
-        groups = list(itertools.takewhile(is_small, split(lengths, n_groups)))
-        if len(groups) == n_groups:
-            break
+    n_groups = ceil(fewest / world_size) * world_size
+    groups = split(lengths, n_groups)
+    while not all(map(is_within_bounds, groups)):
+        n_groups += world_size
+        groups = split(lengths, n_groups)
     return [select(longest_first, places) for places in groups]
 
 
-def select(samples: Samples, places: Iterable[int]) -> Samples:
+def select(samples: Samples, places: Places) -> Samples:
     return [samples[place] for place in places]
 
 
 def fewest_groups(lengths: Ids, max_samples: int, max_tokens: int) -> int:
     """Return a number of micro-batches below which the bounds cannot hold: where to begin."""
-    by_samples = math.ceil(len(lengths) / max_samples)
-    bounded = [min(length, max_tokens) for length in lengths]  # longer ones stand alone
-    by_tokens = math.ceil(sum(bounded) / max_tokens)
+    n_tokens = 0
+    for length in lengths:
+        n_tokens += min(length, max_tokens)  # a longer one stands alone
+    by_samples = ceil(len(lengths) / max_samples)
+    by_tokens = ceil(n_tokens / max_tokens)
     return max(by_samples, by_tokens)
 
 
-def is_within(
-    group: Sequence[int], lengths: Ids, max_samples: int, max_tokens: int, packing: bool
-) -> bool:
-    """Return whether the samples at these places, the longest first, may be a micro-batch."""
-    if len(group) < 2:
-        return True
-    if packing:
-        tokens = sum(lengths[place] for place in group)
-    else:
-        tokens = len(group) * lengths[group[0]]
-    return len(group) <= max_samples and tokens <= max_tokens
-
-
-def split_padded(lengths: Ids, n_groups: int) -> Iterator[Sequence[int]]:
+def split_padded(lengths: Ids, n_groups: int) -> list[Places]:
     """Cut places in the longest-first order into groups of like length: little padding."""
-    ends = (i * len(lengths) // n_groups for i in range(n_groups + 1))
-    for start, end in itertools.pairwise(ends):
-        yield range(start, end)
+    groups = []
+    start = 0
+    for i in range(1, n_groups + 1):
+        end = i * len(lengths) // n_groups
+        places = range(start, end)
+        groups.append(places)
+        start = end
+    return groups
 
 
-def split_packed(lengths: Ids, n_groups: int) -> list[Sequence[int]]:
+def split_packed(lengths: Ids, n_groups: int) -> list[Places]:
     """Balance the tokens, so that every rank has equally much to do; the longest go first."""
-    groups: list[Ids] = [[] for _ in range(n_groups)]
-    smallest = [(0, 0, i) for i in range(n_groups)]  # a heap of (tokens, samples, group)
+    groups = []
+    by_tokens = []  # a heap of (tokens, samples, group): the smallest comes first
+    for i in range(n_groups):
+        groups.append([])
+        by_tokens.append((0, 0, i))
     for place, length in enumerate(lengths):
-        tokens, count, i = smallest[0]
-        groups[i].append(place)
-        heapq.heapreplace(smallest, (tokens + length, count + 1, i))
+        tokens, count, smallest = by_tokens[0]
+        groups[smallest].append(place)
+        grown = (tokens + length, count + 1, smallest)
+        heapreplace(by_tokens, grown)
     return groups
 
 
@@ -120,7 +139,7 @@ class PackedLengths(NamedTuple):
 class MicroBatch(NamedTuple):
     """A forward pass of a rank."""
 
-    inputs: dict[str, Any]  # the keywords of model(...)
+    inputs: Options  # the keywords of model(...)
     targets: Tensor  # (B, T) of the decoder: the next token if it is the label's, or IGNORE_INDEX
     n_tokens: int  # padding included
 
@@ -135,45 +154,59 @@ def collate(samples: Samples, decoder_start_token_id: int | None, packing: bool)
     An encoder-decoder reads p q, its decoder `start a`; targets are `a b`.
     """
     is_decoder = decoder_start_token_id is None
-    prompts = [sample.prompt for sample in samples]
-    labels = [sample.label for sample in samples]
-    shifted = [label[:-1] for label in labels]  # EOS is only predicted
-    if is_decoder:
-        pairs = zip(prompts, shifted, strict=True)
-        rows = {"input_ids": [prompt + label for prompt, label in pairs]}
-        ignored = [[IGNORE_INDEX] * (len(prompt) - 1) for prompt in prompts]
-        targets = [skipped + label for skipped, label in zip(ignored, labels, strict=True)]
-    else:
-        rows = {"input_ids": prompts}
-        rows["decoder_input_ids"] = [[decoder_start_token_id, *label] for label in shifted]
-        targets = labels
-    join = end_to_end if packing else pad
-    inputs = {name: join(ids) for name, ids in rows.items()}
-    n_tokens = sum(ids.numel() for ids in inputs.values())
+    inputs = []
+    decoder_inputs = []
+    targets = []
+    for sample in samples:
+        shifted = sample.label[:-1]  # EOS is only predicted
+        if is_decoder:
+            inputs.append(sample.prompt + shifted)
+            n_ignored = len(sample.prompt) - 1
+            ignored = [IGNORE_INDEX] * n_ignored
+            targets.append(ignored + sample.label)
+        else:
+            inputs.append(sample.prompt)
+            decoder_inputs.append([decoder_start_token_id, *shifted])
+            targets.append(sample.label)
+    join = pad
+    if packing:
+        join = end_to_end
+    tensors = {"input_ids": join(inputs)}
+    if not is_decoder:
+        tensors["decoder_input_ids"] = join(decoder_inputs)
+    n_tokens = 0
+    for ids in tensors.values():
+        n_tokens += ids.numel()
     if is_decoder:
         n_tokens += len(samples)  # EOS counts, as in TrainSample.length
-    input_lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths = [len(ids) for ids in inputs]
     if not packing:
-        mask = [[1] * length for length in input_lengths]
-        inputs["attention_mask"] = pad(mask)
-        return MicroBatch(inputs, pad(targets, IGNORE_INDEX), n_tokens)
-    label_lengths = [len(ids) for ids in rows.get("decoder_input_ids", [])]
-    inputs["packed_lengths"] = PackedLengths(input_lengths, label_lengths)
+        mask = [[1] * length for length in lengths]
+        tensors["attention_mask"] = pad(mask)
+        return MicroBatch(tensors, pad(targets, IGNORE_INDEX), n_tokens)
+    label_lengths = [len(ids) for ids in decoder_inputs]
+    tensors["packed_lengths"] = PackedLengths(lengths, label_lengths)
     if is_decoder:  # positions restart at each sample
-        positions = map(range, input_lengths)
-        inputs["position_ids"] = end_to_end(positions)
-    return MicroBatch(inputs, end_to_end(targets), n_tokens)
+        tensors["position_ids"] = end_to_end(map(range, lengths))
+    return MicroBatch(tensors, end_to_end(targets), n_tokens)
 
 
 def pad(rows: list[Ids], value: int = 0) -> Tensor:
     """Fill rows up on the right, to (B, T); padding is masked, so any token id will do."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+    width = max(map(len, rows))
+    padded = []
+    for row in rows:
+        missing = width - len(row)
+        padding = [value] * missing
+        padded.append(row + padding)
+    return torch.tensor(padded)
 
 
 def end_to_end(rows: Iterable[Iterable[int]]) -> Tensor:
     """Join rows to one, (1, T)."""
-    return torch.tensor([list(itertools.chain.from_iterable(rows))])
+    joined = itertools.chain.from_iterable(rows)
+    row = list(joined)
+    return torch.tensor([row])
 
 
 # ---------------- Packed rows: attention among the tokens of each sample, logits at labels alone
@@ -203,7 +236,9 @@ def packed_attention(
     outputs = []
     for q, k, v in zip(queries, keys, values, strict=True):
         if position_bias is not None:
-            options["position_bias"] = position_bias[:, :, : q.shape[2], : k.shape[2]]
+            n_queries = q.shape[2]
+            n_keys = k.shape[2]
+            options["position_bias"] = position_bias[:, :, :n_queries, :n_keys]
         output, _ = sdpa_attention_forward(module, q, k, v, None, **options)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
@@ -212,37 +247,43 @@ def packed_attention(
 AttentionInterface.register("packed", packed_attention)
 
 
-def lengths_of_layer(module: nn.Module, lengths: PackedLengths) -> tuple[list[int], list[int]]:
+def lengths_of_layer(module: nn.Module, lengths: PackedLengths) -> tuple[Ids, Ids]:
     """Return each sample's number of queries and of keys in an attention layer."""
-    if not lengths.label or not module.is_decoder:
-        return lengths.prompt, lengths.prompt
+    prompt, label = lengths
+    if not label or not module.is_decoder:
+        return prompt, prompt
     if module.is_causal:
-        return lengths.label, lengths.label
-    return lengths.label, lengths.prompt  # cross-attention
+        return label, label
+    return label, prompt  # cross-attention
 
 
 def set_position_bias(
-    module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    module: nn.Module, inputs: Inputs, options: Options
+) -> tuple[Inputs, Options]:
     """Give T5's first layers the position bias of the longest sample, not of the whole row.
 
     A forward pre-hook.  The bias depends on distances alone: all samples' are corners of that one.
     """
-    if options.get("position_bias") is None:
-        sizes = [max(lengths) for lengths in lengths_of_layer(module, options["packed_lengths"])]
-        if module.has_relative_attention_bias:
-            options["position_bias"] = module.compute_bias(*sizes, device=inputs[0].device)
-        else:
-            options["position_bias"] = inputs[0].new_zeros(1, module.n_heads, *sizes)
+    if options.get("position_bias") is not None:
+        return inputs, options
+    hidden = inputs[0]
+    query_lengths, key_lengths = lengths_of_layer(module, options["packed_lengths"])
+    n_queries = max(query_lengths)
+    n_keys = max(key_lengths)
+    if module.has_relative_attention_bias:
+        bias = module.compute_bias(n_queries, n_keys, device=hidden.device)
+    else:
+        bias = hidden.new_zeros(1, module.n_heads, n_queries, n_keys)
+    options["position_bias"] = bias
     return inputs, options
 
 
-@contextlib.contextmanager
+@contextmanager
 def packed_rows(model: Model) -> Iterator[None]:
     """Within this the model reads packed rows."""
-    with contextlib.ExitStack() as stack:
-        model.set_attn_implementation("packed")
-        stack.callback(model.set_attn_implementation, "sdpa")
+    with ExitStack() as stack:
+        set_attention(model, "packed")
+        stack.callback(set_attention, model, "sdpa")
         for module in model.modules():
             if hasattr(module, "compute_bias"):
                 hook = module.register_forward_pre_hook(set_position_bias, with_kwargs=True)
@@ -258,15 +299,21 @@ def label_logits(model: nn.Module, batch: MicroBatch, device: torch.device) -> T
     """
     raw_model = getattr(model, "module", model)  # what DDP is around
     inputs = BatchEncoding(batch.inputs).to(device)
-    is_label = (batch.targets != IGNORE_INDEX).to(device)
-    parameters = inspect.signature(raw_model.forward).parameters
-    if len(is_label) == 1 and "logits_to_keep" in parameters:
-        positions = is_label[0].nonzero()[:, 0]
-        logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-        return logits.flatten(0, 1)  # of (1, N, V); [0] would copy its gradient
+    is_label = batch.targets != IGNORE_INDEX
+    is_label = is_label.to(device)
+    signature = inspect.signature(raw_model.forward)
+    if len(is_label) == 1 and "logits_to_keep" in signature.parameters:
+        _, positions = is_label.nonzero(as_tuple=True)
+        output = model(**inputs, logits_to_keep=positions, use_cache=False)
+        return output.logits.flatten(0, 1)  # of (1, N, V); [0] would copy its gradient
     head = raw_model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][is_label],))
+
+    def select_labels(module: nn.Module, inputs: Inputs) -> Tensor:
+        return inputs[0][is_label]
+
+    hook = head.register_forward_pre_hook(select_labels)
     try:
-        return model(**inputs, use_cache=False).logits
+        output = model(**inputs, use_cache=False)
     finally:
         hook.remove()
+    return output.logits

@@ -32,6 +32,17 @@ def has_one_of(text: str, parts: tuple[str, ...]) -> bool:
     return False
 
 
+def index_from(candidates: Candidates, start: int) -> int:
+    """Return the index of the first candidate that begins at a place or later."""
+    return bisect.bisect_left(candidates, (start,))
+
+
+def text_before(text: str, position: int, most: int) -> str:
+    """Return what stands before a place, at most so many characters."""
+    begin = max(0, position - most)
+    return text[begin:position]
+
+
 NUMBER_PATTERN = re.compile(r"""(?ax)
     [0-9] [0-9]*  # so, not as \d+, it is searched three times as fast
     (?: (?<!\d{4}) (?:,\d{3})+ (?!\d)  # 1,234
@@ -46,6 +57,7 @@ NUMBER_PATTERN = re.compile(r"""(?ax)
       )
     )?""")
 SIGNS = ("-", "$", ".")
+NO_SIGN_AFTER = (".", ")", "]", "_")
 NUMBER_MARKS = str.maketrans("\u2212", "-", ",$ ")
 SCALES = dict(k=1e3, hundred=1e2, thousand=1e3, million=1e6, billion=1e9, trillion=1e12)
 
@@ -58,7 +70,7 @@ def parse_number(text: str) -> float:
 def extended_value(number: str, tail: str) -> float:
     """Return what a number is with what follows it: ('5', ' 1/2') -> 5.5, ('1.2', ' x 10^3')."""
     base = parse_number(number)
-    digits = [int(digits) for digits in re.findall(r"-?\d+", tail)]
+    digits = list(map(int, re.findall(r"-?\d+", tail)))
     if not digits:
         return base * SCALES[tail.strip()]
     if tail[0] == "e":
@@ -77,34 +89,36 @@ def sign_start(text: str, start: int, has_point: bool) -> tuple[int, str]:
 
     ' -$5' -> (1, '-'), '$.5' -> (0, '.'); the 4 of '3-4' and of 'x-4' has no sign.
     """
-    marks = ""
-    before = text[max(0, start - 4) : start]
-    if before.endswith(".") and (has_point or before[-2:-1].isalnum()):
-        return start, ""
+    mark = ""
+    before = text_before(text, start, 4)
     if before.endswith("."):
-        marks = "."
+        if has_point or before[-2:-1].isalnum():
+            return start, ""
+        mark = "."
         start -= 1
-    bare = text[max(0, start - 3) : start].rstrip("$-")
-    if bare[-1:].isalnum() or bare[-1:] in (".", ")", "]", "_"):
-        return start, marks
-    signs = text[max(0, start - 3) : start][len(bare) :]
-    if "-" in signs[-2:]:
-        marks = "-" + marks
-    return start - len(signs[-2:]), marks
+    before = text_before(text, start, 3)
+    bare = before.rstrip("$-")
+    last = bare[-1:]
+    if last.isalnum() or last in NO_SIGN_AFTER:
+        return start, mark
+    signs = before.removeprefix(bare)[-2:]
+    if "-" in signs:
+        mark = f"-{mark}"
+    return start - len(signs), mark
 
 
 def signed_candidate(text: str, m: re.Match) -> Candidate:
     """Return the candidate of a match of NUMBER_PATTERN with its sign and what follows it."""
     start, end = m.span()
-    tail = (m[1] or "").lower()
-    number = m[0][: end - start - len(tail)]
+    tail = m[1] or ""
+    number = m[0].removesuffix(tail)
     if text[start - 1 : start] in SIGNS:
         start, marks = sign_start(text, start, "." in number)
         number = marks + number
     value = parse_number(number)
     if tail:
         with contextlib.suppress(OverflowError, ZeroDivisionError):  # 99^99, 5/0
-            value = extended_value(number, tail)
+            value = extended_value(number, tail.lower())
     return Candidate(start, end, value)
 
 
@@ -161,9 +175,10 @@ def words_value(phrase: str) -> float:
 def read_number_words(text: str) -> Candidates:
     """'So she has twenty-four.' -> 24"""
     found = WORDS_PATTERN.finditer(text)
-    return [Candidate(m.start(), m.end(), words_value(m[0])) for m in found]
+    return [Candidate(*m.span(), words_value(m[0])) for m in found]
 
 
+YES_NO_WORDS = {True: "yes", False: "no"}
 YES_NO_PATTERN = re.compile(r"""(?x) [YyNn] (?<!\w.)  # begins with a set of characters: fast
     (?i: (?<=y) (es|eah|ep|up)  # "Yes;"
       | (?<=n) o(?:pe|\ way)?
@@ -188,10 +203,8 @@ def read_yes_no(text: str) -> Candidates:
     """Beside any punctuation: '"No;"' -> no, 'Nope.' -> no"""
     candidates = []
     for m in YES_NO_PATTERN.finditer(text):
-        value = "no"
-        if m[1]:
-            value = "yes"
-        candidates.append(Candidate(m.start(), m.end(), value))
+        value = YES_NO_WORDS[bool(m[1])]
+        candidates.append(Candidate(*m.span(), value))
     return candidates
 
 
@@ -201,14 +214,15 @@ def read_states(text: str) -> Candidates:
     if not has_one_of(text, STATE_WORDS):
         return candidates
     for m in STATE_PATTERN.finditer(text):
-        negation = m[1] or m[3]
-        state = m[2] or m[4] or m[6]
-        value = "yes" if bool(state) != bool(negation) else "no"
-        before = text[max(0, m.start() - 60) : m.start()]
-        if DENIED.search(before):
-            value = "no" if value == "yes" else "yes"
-        if not UNCERTAIN.search(before):
-            candidates.append(Candidate(m.start(), m.end(), value))
+        before = text_before(text, m.start(), 60)
+        if UNCERTAIN.search(before):
+            continue
+        is_yes = bool(m[2] or m[4] or m[6])
+        for negation in (m[1], m[3], DENIED.search(before)):
+            if negation:
+                is_yes = not is_yes
+        value = YES_NO_WORDS[is_yes]
+        candidates.append(Candidate(*m.span(), value))
     return candidates
 
 
@@ -233,7 +247,7 @@ def read_strings(text: str) -> Candidates:
         if m[1]:
             letters = keep_letters(m[0].replace("and ", ""))
         if letters:
-            candidates.append(Candidate(m.start(), m.end(), letters, not m[5]))
+            candidates.append(Candidate(*m.span(), letters, is_marked=not m[5]))
     return candidates
 
 
@@ -260,12 +274,13 @@ def letter_reader(last: str) -> Callable[[str], Candidates]:
             return not AFTER_CAPITAL.match(text, end)
         if not AFTER_SMALL.match(text, end):
             return False
-        return bool(BEFORE_SMALL.search(text[max(0, start - 12) : start]))
+        before = text_before(text, start, 12)
+        return bool(BEFORE_SMALL.search(before))
 
     def read_letters(text: str) -> Candidates:
         """Return the letters of a text."""
-        found = [m for m in alone.finditer(text) if is_choice(text, m.start(), m.end())]
-        return [Candidate(m.start(), m.end(), m[0].upper()) for m in found]
+        found = [m for m in alone.finditer(text) if is_choice(text, *m.span())]
+        return [Candidate(*m.span(), m[0].upper()) for m in found]
 
     return read_letters
 
@@ -328,7 +343,7 @@ def is_asked(text: str, c: Candidate) -> bool:
     """Tell whether a candidate ends a question: 'Is it (A)? ...'"""
     if "?" not in text[c.end : c.end + 3]:
         return False
-    return bool(QUESTIONED.search(text[max(0, c.start - 90) : c.start]))
+    return bool(QUESTIONED.search(text_before(text, c.start, 90)))
 
 
 def rejected_starts(text: str, candidates: Candidates) -> set[int]:
@@ -355,14 +370,14 @@ def rejected_starts(text: str, candidates: Candidates) -> set[int]:
 def listed_and_rejected(text: str, candidates: Candidates) -> set[int]:
     """Return where candidates start that are rejected together: 'A, B and D are wrong'."""
     rejected = set()
-    is_listed = False  # before one that is rejected
-    for c, following in zip(reversed(candidates), [None, *reversed(candidates)], strict=False):
-        if ALL_REJECTED.match(text, c.end):
-            is_listed = following is None or not LISTED.fullmatch(text, c.end, following.start)
-        elif following is None or not LISTED.fullmatch(text, c.end, following.start):
-            is_listed = False
-        if is_listed:
+    following = None
+    for c in reversed(candidates):
+        is_listed = following and LISTED.fullmatch(text, c.end, following.start)
+        if not is_listed:  # the last of its list
+            all_are = ALL_REJECTED.match(text, c.end)
+        if all_are:
             rejected.add(c.start)
+        following = c
     return rejected
 
 
@@ -379,35 +394,39 @@ def moved(candidates: Candidates, by: int) -> Candidates:
 
 def rejected_by_what_follows(text: str, candidates: Candidates, chosen: Candidate) -> bool:
     """Tell whether what stands behind a candidate rejects it: '... is wrong', '... and B are'."""
+    start = chosen.start
     end = chosen.end
-    following = text[end : end + 3]
-    if following[:1] in ENDS or (following[0] == " " and following[1:] not in VERBS):
+    sign = text[end : end + 1]
+    verb = text[end + 1 : end + 3]
+    if sign in ENDS or (sign == " " and verb not in VERBS):
         return False
-    if following[0] == "," and len(candidates) == 1:
+    if sign == "," and len(candidates) == 1:
         return False
     if is_asked(text, chosen) or REJECTED_BEFORE.match(text, end):
         return True
     if not has_one_of(text[end : end + 80], LIST_REJECTIONS):
         return False
-    near = [c for c in candidates if chosen.start <= c.start < chosen.start + 60]
-    return chosen.start in listed_and_rejected(text, near)
+    near = [c for c in candidates if start <= c.start < start + 60]
+    return start in listed_and_rejected(text, near)
 
 
 def is_rejected(text: str, candidates: Candidates, chosen: Candidate) -> bool:
     """Tell whether the text around a candidate rejects it."""
     if rejected_by_what_follows(text, candidates, chosen):
         return True
-    begin = max(0, chosen.start - 60)
-    before = text[begin : chosen.start]
+    start = chosen.start
+    before = text_before(text, start, 60)
     if len(before) < 4 or not has_one_of(before, REJECTIONS):
         return False
-    near = [c for c in candidates if begin <= c.start <= chosen.start]
-    return chosen.start - begin in rejected_starts(before, moved(near, -begin))
+    begin = start - len(before)
+    near = [c for c in candidates if begin <= c.start <= start]
+    inside = moved(near, -begin)
+    return len(before) in rejected_starts(before, inside)
 
 
 def is_hedged(text: str, candidates: Candidates, chosen: Candidate) -> bool:
     """Tell whether two answers are given as one: '(A) or (B)', 'yes and no'."""
-    i = bisect.bisect_left(candidates, (chosen.start,))
+    i = index_from(candidates, chosen.start)
     for a, b in itertools.pairwise(candidates[max(0, i - 1) : i + 2]):
         if a.value != b.value and HEDGED.fullmatch(text, a.end, b.start):
             return True

@@ -115,8 +115,10 @@ def in_template(complete: Callable[..., Completions], config: ChatConfig | None)
     def complete_chats(conversations: list[Turns], *limits: Any) -> Completions:
         """Complete each; limits: max_new_tokens, temperature, n, stop."""
         prompts = [format_chat(tokenizer, config, turns) for turns in conversations]
-        completions = complete(prompts, *limits)
-        return [list(map(split_completion, rows)) for rows in completions]
+        completions = []
+        for rows in complete(prompts, *limits):
+            completions.append(list(map(split_completion, rows)))
+        return completions
 
     return complete_chats
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import distributed
 import storage
 from distributed import Ranks, on_rank0, share_files, wait_for_all
-from provenance import COMPUTED_WITH
+from provenance import COMPUTED_WITH, training_fingerprint
 from storage import write_errors
 
 Row = dict[str, Any]  # of JSON, or of a state by parameter name
@@ -72,7 +72,8 @@ def save_checkpoint(out: Path, state: TrainState, step: int, keep: int, ranks: R
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    for old in sorted(out.glob("checkpoint_*.pt"))[:-keep]:
+    written = sorted(out.glob("checkpoint_*.pt"))
+    for old in written[:-keep]:
         old.unlink()
 
 
@@ -139,7 +140,8 @@ def save_student(
         storage.sync_file(file)  # on the disk before run.json says so and the checkpoints go
         os.replace(file, out / file.name)
     temporary.rmdir()
-    storage.write_json(out / "run.json", {"finished": True, "settings": settings})
+    note = {"finished": True, "settings": settings, "code": training_fingerprint()}
+    storage.write_json(out / "run.json", note)
     for checkpoint in out.glob("checkpoint_*.pt"):  # three times the weights, and done with
         checkpoint.unlink()
 
@@ -147,9 +149,10 @@ def save_student(
 def keep_best(out: Path, score: Row, model: Model, tokenizer: Tokenizer) -> None:
     """Save the student as the best epoch's, in the place of the one before, if it is the best."""
     kept = sorted(out.glob("best_epoch_*"))
-    accuracies = [storage.read_json(folder / "best.json").get("accuracy", -1) for folder in kept]
-    if max(accuracies, default=-1) >= score["accuracy"]:
-        return
+    for folder in kept:
+        best_so_far = storage.read_json(folder / "best.json")
+        if best_so_far.get("accuracy", -1) >= score["accuracy"]:
+            return
     temporary = out / "best.tmp"
     best = out / f"best_epoch_{score['epoch']:03d}"
     save_pretrained(temporary, model, tokenizer)
@@ -177,16 +180,20 @@ def start_log(out: Path, step: int, ranks: Ranks, settings: Row, arguments: Row)
     path = out / "log.jsonl"
     rows = []
     if step and path.exists():
-        for line in storage.read_text(path).split("\n"):
-            if line.endswith("}"):  # a kill may have torn the last line
-                rows.append(storage.parse_json(line, path))
-        rows = [row for row in rows if row.get("step", 0) <= step]
+        logged = storage.read_text(path)
+        for line in logged.split("\n"):
+            if not line.endswith("}"):  # a kill may have torn the last line
+                continue
+            row = storage.parse_json(line, path)
+            if row.get("step", 0) <= step:
+                rows.append(row)
     header = log_header(ranks, settings, arguments)
     if not rows:
         rows = [header]
     elif "step" not in rows[0]:
         resumed = rows[0].get("resumed", [])
-        changed = changed_computation([rows[0], *resumed][-1], header)
+        headers = [rows[0], *resumed]
+        changed = changed_computation(headers[-1], header)
         if changed:
             distributed.print0(
                 ranks,
@@ -195,8 +202,8 @@ def start_log(out: Path, step: int, ranks: Ranks, settings: Row, arguments: Row)
             )
         rows[0]["resumed"] = [*resumed, {"step": step, **header}]
     if ranks.is_rank0:
-        text = "".join(json.dumps(row, default=str) + "\n" for row in rows)
-        storage.write_atomic(path, text)
+        lines = [json.dumps(row, default=str) + "\n" for row in rows]
+        storage.write_atomic(path, "".join(lines))
     return [row for row in rows if "loss" in row]
 
 
@@ -256,9 +263,15 @@ def open_log(out: Path, ranks: Ranks) -> Iterator[Callable[[Row], None]]:
 
 def epoch_row(epoch: int, rows: Rows, seconds: float, device: torch.device) -> Row:
     """Return the row of log.jsonl of a finished epoch."""
-    loss = mean_loss([row for row in rows if row["epoch"] == epoch])
-    row = {"step": rows[-1]["step"], "epoch": epoch, "epoch_loss": loss}
-    return row | {"seconds": round(seconds, 3), "peak_memory_mb": peak_memory(device) >> 20}
+    of_epoch = [row for row in rows if row["epoch"] == epoch]
+    last = rows[-1]
+    return {
+        "step": last["step"],
+        "epoch": epoch,
+        "epoch_loss": mean_loss(of_epoch),
+        "seconds": round(seconds, 3),
+        "peak_memory_mb": peak_memory(device) >> 20,
+    }
 
 
 def peak_memory(device: torch.device) -> int:
@@ -273,8 +286,9 @@ def peak_memory(device: torch.device) -> int:
 
 def mean_loss(rows: Rows) -> float:
     """Average over the label tokens of several steps."""
-    total = sum(row["loss"] * row["label_tokens"] for row in rows)
-    return total / sum(row["label_tokens"] for row in rows)
+    losses = [row["loss"] * row["label_tokens"] for row in rows]
+    tokens = [row["label_tokens"] for row in rows]
+    return sum(losses) / sum(tokens)
 
 
 def describe_steps(rows: Rows, epochs: int, steps: int, seconds: float) -> str:
@@ -288,11 +302,12 @@ def describe_steps(rows: Rows, epochs: int, steps: int, seconds: float) -> str:
         f"    epoch {last['epoch']} of {epochs}  step {last['step']}  loss {mean_loss(rows):.4f}  "
         f"{tokens / seconds:,.0f} tokens/s  {seconds:.1f} s"
     )
-    seconds_left = (steps - last["step"]) * seconds / len(rows)
+    steps_left = steps - last["step"]
+    seconds_left = steps_left * seconds / len(rows)
     if seconds_left >= 60:
-        line += f", about {seconds_left / 60:.1f} min left"
+        line += f", about {seconds_left / 60:.1f} min of training left in all"
     elif seconds_left:
-        line += f", about {seconds_left:.0f} s left"
+        line += f", about {seconds_left:.0f} s of training left in all"
     skipped = sum(row["grad_norm"] is None for row in rows)
     if skipped:
         line += f"  {skipped} steps skipped (fp16 overflow)"

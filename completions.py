@@ -4,11 +4,12 @@ Any model behind complete(prompts, max_new_tokens, temperature, n, stop) makes o
 curated, a student's is scored, a table is many of them (format: saved/README.md).
 """
 
+import itertools
 import json
 import operator
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import storage
 import tasks
@@ -51,38 +52,46 @@ def read_completions(path: AnyPath, task: str | None = None) -> tuple[JsonObject
     """Return (metadata, rows in order) of a completion file (of a task).  Raises UserError."""
     content = storage.read_json(path)
     metadata = content.get("metadata")
-    data = content.get("data")
-    if (
-        storage.find_wrong_type(content, {"metadata": dict, "data": dict})
-        or "dataset_key" not in metadata
-    ):
+    wrong = storage.find_wrong_type(content, {"metadata": dict, "data": dict})
+    if wrong or "dataset_key" not in metadata:
         form = '{"metadata": {"dataset_key": ...}, "data": {"<sample_index>": [rows]}}'
         raise UserError(f"{path} is not a completion file, {form}")
-    if wrong := storage.find_wrong_type(metadata, METADATA_TYPES):
-        what = f"is {json.dumps(metadata.get(wrong))[:80]}, which it cannot be"
+    wrong = storage.find_wrong_type(metadata, METADATA_TYPES)
+    if wrong:
+        value = json.dumps(metadata.get(wrong))
+        what = f"is {value[:80]}, which it cannot be"
         raise UserError(f"{path}: {wrong} in its metadata {what}: mend it")
     if metadata.get("settings") is None:
         metadata.pop("settings", None)
-    if task and metadata["dataset_key"] != task:
-        raise UserError(
-            f"{path} holds completions of the task {metadata['dataset_key']}, not {task}"
-        )
+    found = metadata["dataset_key"]
+    if task and found != task:
+        raise UserError(f"{path} holds completions of the task {found}, not {task}")
     rows = []
-    for index, sample_rows in data.items():
-        for row in sample_rows if isinstance(sample_rows, list) else [None]:
-            wrong = storage.find_wrong_type(row, ROW_TYPES) or "completion" not in row
-            wrong = wrong or row["completion_index"] < 0
-            if wrong or str(row["sample_index"]) != index:
-                columns = "sample_index, completion_index, question, answer or completion"
-                what = f"lacks its {columns}, or one is not what it should be"
-                raise UserError(f"{path}: a completion of sample {index[:80]} {what}")
-            rows.append(row)
+    for index, of_sample in content["data"].items():
+        if not are_completions(of_sample, index):
+            columns = "sample_index, completion_index, question, answer or completion"
+            what = f"lacks its {columns}, or one is not what it should be"
+            raise UserError(f"{path}: a completion of sample {index[:80]} {what}")
+        rows += of_sample
     rows.sort(key=POSITION)
-    for row, following in zip(rows, rows[1:], strict=False):
-        if POSITION(row) == POSITION(following):
-            i, k = POSITION(row)
+    places = map(POSITION, rows)
+    for place, following in itertools.pairwise(places):
+        if place == following:
+            i, k = place
             raise UserError(f"{path}: completion {k} of sample {i} is there twice")
     return metadata, rows
+
+
+def are_completions(rows: Any, index: str) -> bool:
+    """Tell whether what a file holds for a sample are its completions."""
+    if not isinstance(rows, list):
+        return False
+    for row in rows:
+        if storage.find_wrong_type(row, ROW_TYPES) or "completion" not in row:
+            return False
+        if row["completion_index"] < 0 or str(row["sample_index"]) != index:
+            return False
+    return True
 
 
 def completions_match(
@@ -96,10 +105,11 @@ def completions_match(
     if not path.exists():
         return False
     metadata, _ = read_completions(path, task)
+    old_settings = metadata.get("settings")
     old_run = metadata.get("run") or {}
     new_run = old_run | (run or {})
-    if metadata.get("settings") != settings or new_run == old_run:
-        return storage.settings_match(stage, path, metadata.get("settings"), settings)
+    if old_settings != settings or new_run == old_run:
+        return storage.settings_match(stage, path, old_settings, settings)
     content = storage.read_json(path)
     content["metadata"]["run"] = new_run
     storage.write_json(path, content)
@@ -120,8 +130,7 @@ def sampled_degree(path: Path, task: str, settings: JsonObject) -> int:
     found = old.get("degree", 0)
     wanted = settings["degree"]
     if found == wanted or old | {"degree": wanted} != settings:
-        is_current = storage.settings_match("sample", path, metadata.get("settings"), settings)
-        if is_current:
+        if storage.settings_match("sample", path, metadata.get("settings"), settings):
             return found
         return 0
     if found > wanted:
@@ -137,7 +146,8 @@ def write_completions(path: Path, metadata: JsonObject, data: JsonObject, first:
     first: completions of each sample that it keeps, before those of data.
     """
     if first:
-        old = storage.read_json(path)["data"]
+        content = storage.read_json(path)
+        old = content["data"]
         data = {index: old.get(index, []) + rows for index, rows in data.items()}
     elif path.exists():
         storage.move_to_backup(path)
@@ -151,7 +161,8 @@ def set_aside_completions(paths: Iterable[Path], made_by: str | None) -> None:
     made_by: fingerprint of what the student was made with, `model` in a file's settings.
     """
     for path in paths:
-        settings = read_completions(path)[0].get("settings", {})
+        metadata, _ = read_completions(path)
+        settings = metadata.get("settings", {})
         if made_by is None or settings.get("model") != made_by:
             storage.move_to_backup(path)
 
@@ -183,7 +194,8 @@ class SamplingConfig(NamedTuple):
 def format_prompt(plan: SamplingConfig, sample: Sample) -> str:
     """Return the prompt of a sample, without a label."""
     question = sample["question"]
-    return tasks.format_sample(plan.template, plan.family, question, examples=plan.examples)[0]
+    prompt, _ = tasks.format_sample(plan.template, plan.family, question, examples=plan.examples)
+    return prompt
 
 
 def fingerprints(samples: list[Sample], plan: SamplingConfig) -> JsonObject:
@@ -197,20 +209,30 @@ def fingerprints(samples: list[Sample], plan: SamplingConfig) -> JsonObject:
 
 def sampling_settings(plan: SamplingConfig, samples: list[Sample], seed: int) -> JsonObject:
     """Return the settings of the completion file of a toy or local teacher."""
-    settings = {"teacher": plan.model, "method": plan.template, "degree": plan.degree}
-    settings |= {"temperature": plan.temperature, "seed": seed}
-    settings |= {"max_new_tokens": plan.max_new_tokens}
-    return settings | fingerprints(samples, plan)
+    return {
+        "teacher": plan.model,
+        "method": plan.template,
+        "degree": plan.degree,
+        "temperature": plan.temperature,
+        "seed": seed,
+        "max_new_tokens": plan.max_new_tokens,
+        **fingerprints(samples, plan),
+    }
 
 
 def evaluation_settings(
     plan: SamplingConfig, made_by: str, epoch: int | None, samples: list[Sample], seed: int
 ) -> JsonObject:
     """Return the settings of a student's completion file.  made_by: a hash of what made it."""
-    settings = {"model": made_by, "epoch": epoch, "template": plan.template}
-    settings |= {"max_new_tokens": plan.max_new_tokens, **fingerprints(samples, plan)}
+    settings = {
+        "model": made_by,
+        "epoch": epoch,
+        "template": plan.template,
+        "max_new_tokens": plan.max_new_tokens,
+        **fingerprints(samples, plan),
+    }
     if plan.degree > 1:
-        settings |= {"samples_a_question": plan.degree}
+        settings["samples_a_question"] = plan.degree
         settings |= {"temperature": plan.temperature, "seed": seed}
     return settings
 
@@ -244,23 +266,26 @@ def make_completions(
     the answer after it.  A chat model gets lists of turns as prompts (chats.py).
     """
     prompts = [format_prompt(plan, sample) for sample in samples]
-    is_chat = plan.family == "chat"
+    asked = prompts
+    if plan.family == "chat":
+        asked = [[prompt] for prompt in prompts]
     stop = None
     if plan.template == "fs_cot":
         stop = ["\nQ:"]  # the examples lead a base model to write a next question
     limit = plan.max_new_tokens
-    asked = [[prompt] for prompt in prompts] if is_chat else prompts
     completions = complete(asked, limit, plan.temperature, plan.degree - first, stop)
     data = {}
+    rows = []
     for sample, prompt, of_sample in zip(samples, prompts, completions, strict=True):
         i = sample["sample_index"]
         text = {"question": sample["question"], "answer": sample["answer"], "prompt": prompt}
-        data[str(i)] = [
-            {"sample_index": i, "completion_index": k, **text, **completion}
-            for k, completion in enumerate(of_sample, first)
-        ]
+        sample_rows = []
+        for k, completion in enumerate(of_sample, first):
+            row = {"sample_index": i, "completion_index": k, **text, **completion}
+            sample_rows.append(row)
+        data[str(i)] = sample_rows
+        rows += sample_rows
     if plan.template == "zs_cot":
-        rows = [row for of_sample in data.values() for row in of_sample]
         add_answers(complete, rows, limit, plan.family)
     return data
 
@@ -274,30 +299,40 @@ def add_answers(
     """
     asked = []
     for row in rows:
-        row |= {f"reasoning_{k}": row[k] for k in ("prompt", "completion", "finish_reason")}
+        for name in ("prompt", "completion", "finish_reason"):
+            row[f"reasoning_{name}"] = row[name]
+        before = row["prompt"]
+        rationale = row["completion"]
         if family == "chat":
-            turns = [row["prompt"], row["completion"], tasks.ANSWER_TRIGGER.strip()]
-            row["prompt"] = turns[-1]
-            asked.append(turns)
-            continue
-        if family == "encoder_decoder" and row["completion"][:1].strip():
-            row["prompt"] += " "
-        row["prompt"] += row["completion"] + tasks.ANSWER_TRIGGER
-        asked.append(row["prompt"])
+            prompt = tasks.ANSWER_TRIGGER.strip()
+            asked.append([before, rationale, prompt])
+        else:
+            if family == "encoder_decoder" and rationale[:1].strip():
+                before += " "
+            prompt = before + rationale + tasks.ANSWER_TRIGGER
+            asked.append(prompt)
+        row["prompt"] = prompt
     answers = complete(asked, limit, 0.0, 1, None)
     for row, [answer] in zip(rows, answers, strict=True):
-        row |= {name: answer[name] for name in ("completion", "finish_reason")}
+        row["completion"] = answer["completion"]
+        row["finish_reason"] = answer["finish_reason"]
 
 
 # ---------------- Check one against the benchmark
 
 
+def texts_of(row: Completion | Sample) -> tuple[str, str]:
+    question = row["question"].strip()
+    answer = row["answer"].strip()
+    return question, answer
+
+
 def check_rows(path: AnyPath, rows: list[Completion], task: str, samples: list[Sample]) -> None:
     """Raise UserError for a completion of another sample, question or gold answer."""
-    gold = [(sample["question"].strip(), sample["answer"].strip()) for sample in samples]
     for row in rows:
         i = row["sample_index"]
-        if not 0 <= i < len(gold) or (row["question"].strip(), row["answer"].strip()) != gold[i]:
+        is_known = 0 <= i < len(samples)
+        if not is_known or texts_of(row) != texts_of(samples[i]):
             raise UserError(
                 f"{path}: sample {i} is not sample {i} of {task} (question or gold answer differ): "
                 "the file was made from other data"
@@ -315,7 +350,7 @@ def rows_of_part(
 ) -> list[Completion]:
     """Return the rows of a part.  Raises UserError where samples are missing or of other data."""
     task = metadata["dataset_key"]
-    is_prepared = task == "toy" or (Path(data_dir) / "dataset" / f"{task}.json").exists()
+    is_prepared = task == "toy" or tasks.dataset_path(task, data_dir).exists()
     if part == "all" and not is_prepared:
         return rows  # nothing to check against: the rows carry their gold answers
     samples = tasks.load(task, data_dir)
@@ -325,8 +360,12 @@ def rows_of_part(
     elif part == "validation":
         wanted = set(metadata.get("validation") or [])
     else:
-        wanted = set(tasks.load_split(task, split, data_dir)[part == "test"])
-    missing = sorted(wanted - {row["sample_index"] for row in rows})
+        train, test = tasks.load_split(task, split, data_dir)
+        wanted = set(train)
+        if part == "test":
+            wanted = set(test)
+    found = {row["sample_index"] for row in rows}
+    missing = sorted(wanted - found)
     if missing and not allow_partial:
         raise UserError(
             f"{path} lacks {len(missing)} of the {len(wanted)} samples of part '{part}' (first: "

@@ -10,10 +10,10 @@ or teacher never reuses a stale file.
 
 import json
 import math
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import provenance
 import replies
 import storage
 import tasks
@@ -21,8 +21,6 @@ from answers import PREDICTIONS
 from completions import Completion, check_rows
 from storage import UserError
 from tasks import API_FAMILIES, PROMPTED, Benchmark, Verdict
-
-Graded = list[tuple[Completion, Verdict]]
 
 
 class CurationPlan(NamedTuple):
@@ -34,20 +32,8 @@ class CurationPlan(NamedTuple):
     source: Path | None = None  # the teacher's completion file; None for ft
     completions: list[Completion] = []  # in it, of all questions
     template: str | None = None  # that the teacher was prompted with
-    filters: Any = None  # a FilterConfig of extras/filters.py, beyond the paper's rule
+    filters: dict = {}  # those of extras/filters.py, beyond the paper's rule
     taught: dict = {}  # what the teacher's file says of how it was asked, for those who compare
-
-
-def filter_config(options: dict, seed: int) -> Any:
-    """Return the filters beyond the paper's rule, a filters.FilterConfig, or None.
-
-    options: the flags of curation that differ from the paper.
-    """
-    if options:
-        from extras import filters
-
-        return filters.FilterConfig(**options, seed=seed)
-    return None
 
 
 class Choice(NamedTuple):
@@ -56,6 +42,7 @@ class Choice(NamedTuple):
     rows: list
     rationales: list[str]
     total: int  # rows that were looked at
+    note: str = ""  # how many are right by which rules, where that is not the number of rows
 
 
 def curate(plan: CurationPlan, redo: bool = False) -> str:
@@ -66,27 +53,29 @@ def curate(plan: CurationPlan, redo: bool = False) -> str:
     if not redo and is_curated(plan):
         return storage.file_sha256(plan.path)
     choice = choose_samples(plan)
-    if plan.source:
-        if storage.file_sha256(plan.source) != plan.settings["source"]:
-            raise UserError(
-                f"{plan.source} was replaced by another run while it was read: start the same "
-                "command again"
-            )
-    kept = len(choice.rows)
-    text = finetune_text(plan.settings, choice.rows, choice.rationales)
-    sha256 = write_curated(plan, text, kept, choice.total)
-    print(f"{describe_kept(plan, kept, choice.total)}\n    -> {plan.path}")
+    settings = plan.settings
+    if plan.source and storage.file_sha256(plan.source) != settings["source"]:
+        what = "was replaced by another run while it was read: start the same command again"
+        raise UserError(f"{plan.source} {what}")
+    rows = choice.rows
+    text = finetune_text(settings, rows, choice.rationales)
+    sha256 = write_curated(plan, text, len(rows), choice.total)
+    print(describe_kept(plan, choice))
+    print(f"    -> {plan.path}")
     return sha256
 
 
-def describe_kept(plan: CurationPlan, kept: int, total: int) -> str:
+def describe_kept(plan: CurationPlan, choice: Choice) -> str:
     """Say what the student will learn from, and how often its teacher is right."""
+    kept = len(choice.rows)
     if plan.source is None:
         return f"2/4 curate: taking the {kept:,} training questions with their answers alone"
-    counts = f"2/4 curate: keeping the {kept:,} of {total:,} rationales"
+    counts = f"2/4 curate: keeping the {kept:,} of {choice.total:,} rationales"
+    percent = 100 * kept / choice.total
+    share = f"{percent:.1f}%{choice.note}"
     if plan.filters:
-        return f"{counts} that the filters let through ({100 * kept / total:.1f}%)"
-    return f"{counts} whose answer is right (the teacher's own accuracy: {100 * kept / total:.1f}%)"
+        return f"{counts} that the filters let through ({share})"
+    return f"{counts} whose answer is right (the teacher's own accuracy: {share})"
 
 
 def count_steps(paths: list[Path], epochs: int, batch_size: int) -> int:
@@ -94,50 +83,79 @@ def count_steps(paths: list[Path], epochs: int, batch_size: int) -> int:
     steps = 0
     for path in paths:
         if path.exists():
-            samples = len(storage.read_finetune_data(path)["input"])
-            steps += epochs * math.ceil(samples / batch_size)
+            data = storage.read_finetune_data(path)
+            samples = len(data["input"])
+            steps_an_epoch = math.ceil(samples / batch_size)
+            steps += epochs * steps_an_epoch
     return steps
 
 
 def choose_samples(plan: CurationPlan) -> Choice:
     """Choose what is learnt from: of ft every training question, of ft_cot the right rationales."""
     if plan.source is None:
-        samples = [plan.benchmark.samples[i] for i in plan.benchmark.train]
-        return Choice(samples, [""] * len(samples), len(samples))
-    rows = choose_texts(training_rows(plan), plan.settings.get("rationale", "content"))
-    kept = correct_rationales(plan, rows)
-    return Choice(kept, [tasks.rationale_of(row) for row in kept], len(rows))
+        benchmark = plan.benchmark
+        samples = [benchmark.samples[i] for i in benchmark.train]
+        total = len(samples)
+        rationales = [""] * total
+        return Choice(samples, rationales, total)
+    rows = training_rows(plan)
+    which = plan.settings.get("rationale", "content")
+    rows = choose_texts(rows, which)
+    return correct_rationales(plan, rows)
 
 
-def correct_rationales(plan: CurationPlan, rows: list[Completion]) -> list[Completion]:
-    """Return the rationales to learn from, of the completions of the training questions.
+def correct_rationales(plan: CurationPlan, rows: list[Completion]) -> Choice:
+    """Choose the rationales to learn from, of the completions of the training questions.
 
     The paper keeps those whose answer is right; --filter and its neighbours choose otherwise.
     """
-    grader = tasks.make_grader(plan.benchmark.task, plan.template, plan.settings["rules"])
-    graded = [(row, grader(row["completion"], row["answer"])) for row in rows]
-    usable = [(row, verdict) for row, verdict in graded if has_rationale(row)]
-    print_kept_by_rules(plan, usable)
+    usable = list(filter(has_rationale, rows))
+    verdicts = {rules: grade_rows(plan, usable, rules) for rules in PREDICTIONS}
+    rules = plan.settings["rules"]
+    graded = list(zip(usable, verdicts[rules], strict=True))
     if plan.filters:
         from extras import filters
 
-        kept = filters.choose_rationales(plan.filters, usable)
+        seed = plan.settings.get("data_seed", 0)
+        config = filters.FilterConfig(**plan.filters, seed=seed)
+        kept = filters.choose_rationales(config, graded)
     else:
-        kept = [row for row, verdict in usable if verdict.correct]
+        kept = [row for row, verdict in graded if verdict.correct]
     if not kept:
-        raise nothing_left(plan, graded, usable)
-    return kept
+        raise nothing_left(plan, rows, usable)
+    rationales = list(map(tasks.rationale_of, kept))
+    note = describe_right(verdicts, len(kept))
+    total = len(rows)
+    return Choice(kept, rationales, total, note)
 
 
-def print_kept_by_rules(plan: CurationPlan, usable: Graded) -> None:
-    """Print how many rationales each set of answer rules calls right."""
-    counts = []
-    for rules in PREDICTIONS:
-        grader = tasks.make_grader(plan.benchmark.task, plan.template, rules)
-        right = sum(grader(row["completion"], row["answer"]).correct for row, _ in usable)
-        counts.append(f"{right} by the {rules} rules")
-    used = plan.settings["rules"]
-    print(f"curate: right are {', '.join(counts)}, of {len(usable)} ({used} rules are used)")
+def count_right(verdicts: list[Verdict]) -> int:
+    return sum(verdict.correct for verdict in verdicts)
+
+
+def grade_rows(plan: CurationPlan, rows: list[Completion], rules: str) -> list[Verdict]:
+    """Return the verdict of each completion by a set of answer rules."""
+    task = plan.benchmark.task
+    grader = tasks.make_grader(task, plan.template, rules)
+    verdicts = []
+    for row in rows:
+        verdict = grader(row["completion"], row["answer"])
+        verdicts.append(verdict)
+    return verdicts
+
+
+def describe_right(verdicts: dict[str, list[Verdict]], kept: int) -> str:
+    """Say how many rationales each set of answer rules calls right; "" where all say `kept`."""
+    counts = set()
+    phrases = []
+    for rules, of_rules in verdicts.items():
+        count = count_right(of_rules)
+        counts.add(count)
+        phrases.append(f"{count:,} by the {rules} rules")
+    if counts == {kept}:
+        return ""
+    listed = ", ".join(phrases)
+    return f"; right are {listed}"
 
 
 def training_rows(plan: CurationPlan) -> list[Completion]:
@@ -146,20 +164,23 @@ def training_rows(plan: CurationPlan) -> list[Completion]:
     A file may have gaps in completion_index, where an answer is missing: of 0, 5 and 6 the first
     two are 0 and 5.  Prints how many are missing.
     """
-    check_rows(plan.source, plan.completions, plan.benchmark.task, plan.benchmark.samples)
+    benchmark = plan.benchmark
+    check_rows(plan.source, plan.completions, benchmark.task, benchmark.samples)
     degree = plan.settings["degree"]
-    found = {i: [] for i in plan.benchmark.train}
+    missing = dict.fromkeys(benchmark.train, degree)
+    rows = []
     for row in plan.completions:  # in order
-        of_question = found.get(row["sample_index"])
-        if of_question is not None and len(of_question) < degree:
-            of_question.append(row)
-    rows = [row for i in sorted(found) for row in found[i]]
-    expected = len(found) * degree
-    if len(rows) < expected:
-        print(
-            f"curate: {plan.source} has {len(rows)} of the {expected} rationales of {len(found)} "
-            f"questions x {degree}"
-        )
+        i = row["sample_index"]
+        if missing.get(i):
+            missing[i] -= 1
+            rows.append(row)
+    questions = len(missing)
+    found = len(rows)
+    expected = questions * degree
+    if found < expected:
+        asked = f"{questions} questions x {degree}"
+        has = f"has {found} of the {expected} rationales"
+        print(f"curate: {plan.source} {has} of {asked}")
     return rows
 
 
@@ -170,23 +191,36 @@ def choose_texts(rows: list[Completion], which: str) -> list[Completion]:
     """
     thinking = sum(bool(row.get("reasoning")) for row in rows)
     if thinking or which != "content":
-        cut = sum("api" in row and is_cut(row) for row in rows)
-        print(f"curate: {thinking} of {len(rows)} have reasoning of their own, {cut} were cut")
+        cut = count_cut(rows)
+        total = len(rows)
+        print(f"curate: {thinking} of {total} have reasoning of their own, {cut} were cut")
     if which == "content":
         return rows
     chosen = []
     for row in rows:
         text = row.get("reasoning", "")
         if which == "both":
-            text = f"{text}\n\n{tasks.rationale_of(row)}".strip()
+            said = tasks.rationale_of(row)
+            text = f"{text}\n\n{said}".strip()
         chosen.append(row | {"reasoning_completion": text})
     return chosen
 
 
+def finish_reasons(row: Completion) -> list[str | None]:
+    """Return why the texts of both steps ended."""
+    first = row.get("reasoning_finish_reason")
+    second = row.get("finish_reason")
+    return [first, second]
+
+
 def is_cut(row: Completion) -> bool:
-    """Tell whether the token limit cut one of a row's texts."""
-    reasons = (row.get("reasoning_finish_reason"), row.get("finish_reason"))
-    return "length" in map(replies.finish_kind, reasons)
+    """Tell whether the token limit cut one of the texts of an API's row."""
+    kinds = map(replies.finish_kind, finish_reasons(row))
+    return "api" in row and "length" in kinds
+
+
+def count_cut(rows: list[Completion]) -> int:
+    return sum(map(is_cut, rows))
 
 
 def has_rationale(row: Completion) -> bool:
@@ -195,22 +229,29 @@ def has_rationale(row: Completion) -> bool:
     A null finish_reason is an end where there is a text; step 2 without one was never asked.
     """
     if "api" in row:
-        reasons = (row.get("reasoning_finish_reason"), row.get("finish_reason"))
         said = (row["completion"] or "").strip()
-        if not said or not all(map(replies.has_ended, reasons)):
+        reasons = finish_reasons(row)
+        has_ended = all(map(replies.has_ended, reasons))
+        if not said or not has_ended:
             return False
-    return bool(tasks.rationale_of(row).strip())
+    rationale = tasks.rationale_of(row)
+    return bool(rationale.strip())
 
 
-def nothing_left(plan: CurationPlan, graded: Graded, usable: Graded) -> UserError:
+def nothing_left(plan: CurationPlan, rows: list[Completion], usable: list[Completion]) -> UserError:
     """Return an error that says where the rationales were lost."""
     task = plan.benchmark.task
+    total = len(rows)
     rules = plan.settings["rules"]
-    right = sum(verdict.correct for _, verdict in graded)
-    wanted = "correct rationale"
-    if plan.filters and plan.filters.filter != "right":
-        wanted = "rationale"
-    cut = sum("api" in row and is_cut(row) for row, _ in graded)
+    verdicts = grade_rows(plan, rows, rules)
+    right = count_right(verdicts)
+    if plan.filters.get("filter", "right") != "right":
+        return UserError(
+            f"no rationale is left for {task}: of the {total} completions in {plan.source}, "
+            f"{len(usable)} explain anything, but in none of them can an answer be read; try "
+            "another --teacher"
+        )
+    cut = count_cut(rows)
     limit = ""
     if cut:
         limit = f"a larger --teacher_max_new_tokens ({cut} were cut), "
@@ -218,7 +259,7 @@ def nothing_left(plan: CurationPlan, graded: Graded, usable: Graded) -> UserErro
     if rules == "flexible":
         other_rules = ""
     return UserError(
-        f"no {wanted} is left for {task}: of the {len(graded)} completions of "
+        f"no correct rationale is left for {task}: of the {total} completions of "
         f"{len(plan.benchmark.train)} training samples in {plan.source}, {right} are right by the "
         f"{rules} rules and {len(usable)} explain anything; try {limit}{other_rules}another "
         "--teacher or a larger --degree"
@@ -228,7 +269,8 @@ def nothing_left(plan: CurationPlan, graded: Graded, usable: Graded) -> UserErro
 def finetune_text(settings: dict, rows: list, rationales: list[str]) -> str:
     """Return a fine-tuning file: JSON columns of prompts and labels, or an API's JSON lines.
 
-    The label carries the *gold* answer, whatever the teacher wrote behind its rationale.
+    The label carries the *gold* answer, whatever the teacher wrote behind its rationale; only what
+    --filter lets through with a wrong answer keeps that one.
     """
     template = settings["template"]
     family = settings["family"]
@@ -237,9 +279,9 @@ def finetune_text(settings: dict, rows: list, rationales: list[str]) -> str:
         for row, rationale in zip(rows, rationales, strict=True)
     ]
     if family in API_FAMILIES.values():
-        from extras import batch_api
+        from extras import finetune_jobs
 
-        return batch_api.finetune_job_text(family, pairs)
+        return finetune_jobs.finetune_job_text(family, pairs)
     columns = {
         "sample_index": [row["sample_index"] for row in rows],
         "input": [prompt for prompt, _ in pairs],
@@ -267,7 +309,8 @@ def is_curated(plan: CurationPlan) -> bool:
     note = read_note(plan.path)
     if not note:
         return False
-    return storage.settings_match("curate", plan.path, note.get("settings"), plan.settings)
+    made_from = note.get("settings")
+    return storage.settings_match("curate", plan.path, made_from, plan.settings)
 
 
 def check_curated(plan: CurationPlan) -> None:
@@ -283,7 +326,8 @@ def write_curated(plan: CurationPlan, text: str, kept: int, total: int) -> str:
     """Write the file and its note; a file that is not ours, or was edited, is kept aside."""
     path = plan.path
     note_path = path.with_suffix(".made_from.json")
-    if path.exists() and not read_note(path) and path.read_bytes() != text.encode():
+    is_ours = not path.exists() or read_note(path)
+    if not is_ours and path.read_bytes() != text.encode():
         storage.move_to_backup(path)
     note_path.unlink(missing_ok=True)  # first, so that no kill leaves a new file with an old note
     storage.write_atomic(path, text)
@@ -295,23 +339,19 @@ def write_curated(plan: CurationPlan, text: str, kept: int, total: int) -> str:
     return sha256
 
 
-def student_family(student: str, family: str | None, label_style: str) -> str:
-    """Return what a student reads: decoder, encoder_decoder, openai or chat samples.
-
-    A folder's config tells; of a hub name, which need not be downloaded for curation, the name.
-    """
-    if label_style in API_FAMILIES:
-        return API_FAMILIES[label_style]
-    if family:
-        return family
-    config = Path(student) / "config.json"
-    if config.is_file():
-        is_encoder_decoder = storage.read_json(config).get("is_encoder_decoder")
-    else:
-        is_encoder_decoder = re.search(r"t5|bart|pegasus", student.lower())
-    if is_encoder_decoder:
-        return "encoder_decoder"
-    return "decoder"
+def benchmark_settings(benchmark: Benchmark, split: str, template: str, family: str) -> dict:
+    """Return what a fine-tuning file of every method is made from."""
+    samples = storage.fingerprint(benchmark.samples)
+    return {
+        "source": samples,
+        "samples": samples,
+        "split": split,
+        "train": storage.fingerprint(benchmark.train),
+        "template": template,
+        "family": family,
+        "texts": tasks.template_fingerprint(template, family),
+        "code": provenance.code_fingerprint(benchmark.task),
+    }
 
 
 def student_template(method: str, label_style: str) -> str:
@@ -345,7 +385,5 @@ def check_family(path: Path, family: str, student: str) -> None:
     if family == "encoder_decoder":
         other = "decoder"
     if f"P_{other}" in path.parts:
-        raise UserError(
-            f"{path} is not for {family} students like {student}: curate again with --family "
-            f"{family}"
-        )
+        remedy = f"curate again with --family {family}"
+        raise UserError(f"{path} is not for {family} students like {student}: {remedy}")

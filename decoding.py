@@ -1,8 +1,10 @@
-"""Generate with a local model: sample tokens, decode, and what surrounds the loop.
+"""Generate with a local model: the loop that decodes, and what surrounds it.
 
 The plain loop is short: prompts are read side by side, the longest first; each step appends a token
-to every row; rows that end leave.  On a CPU extras/cpu_decoding.py does the same faster, unless it
-is missing or --plain is given; both give greedily what model.generate gives one prompt at a time.
+to every row; rows that end leave.  sampling.py chooses the tokens.  On a CPU
+extras/cpu_decoding.py does the same faster, unless it is missing or --plain is given; on a GPU,
+with --cuda_graphs, extras/gpu_decoding.py does.  Greedily all give what model.generate gives one
+prompt at a time.
 
 Shapes: B rows that are decoded side by side, T tokens of the longest, V tokens in the vocabulary.
 torch is imported in functions, so that `finetune_cot.py --help` does not wait for it.
@@ -11,10 +13,9 @@ torch is imported in functions, so that `finetune_cot.py --help` does not wait f
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +24,10 @@ import storage
 import terminal
 from distributed import all_gather, print_on_rank0, rank_and_world_size
 from models import eos_token_ids, stream_seeds
+from sampling import Finished, Row, Sampling, append_tokens, next_tokens
 from storage import UserError, is_out_of_memory
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel as Model
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -43,67 +44,12 @@ def has_extra(name: str) -> bool:
     return Path(__file__).with_name("extras").joinpath(f"{name}.py").exists()
 
 
-# ---------------- Sample tokens
-
-
-class Sampling(NamedTuple):
-    """How tokens are chosen, and what ends a completion."""
-
-    temperature: float  # 0: greedy
-    top_p: float  # sample from the most probable tokens that reach this share together; 1: all
-    stop: list[str] | None  # strings that end a completion and are cut off
-
-
-def sample_tokens(
-    logits: Tensor, temperature: float, generators: list[torch.Generator], top_p: float = 1.0
-) -> Tensor:
-    """Draw the next token (B,) of each row of logits (B, V).
-
-    From a random stream of the row's own, so that no row depends on the others; of the fewest most
-    probable tokens that reach top_p together (Holtzman et al. 2020).
-    """
-    import torch
-
-    probs = torch.softmax(logits.double() / temperature, -1)
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
-        probs = probs.scatter(-1, order, ranked)
-    cumulative = probs.cumsum(-1)
-    draws = [torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators]
-    thresholds = torch.stack(draws).to(logits.device) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, thresholds, right=True).squeeze(1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
-
-
 # ---------------- The plain decoding loop
 
 CPU_ROWS = 96  # rows decoded at once by default (LOG.md)
 GPU_ROWS = 512
 RESERVED_TOKENS = 64  # new tokens that a row is expected to need, in the memory plan of a CPU
 
-
-@dataclass
-class Row:
-    """One completion while it is decoded."""
-
-    index: int  # of its prompt
-    key: str  # in the journal
-    ids: models.Ids  # tokens of the prompt
-    max_new_tokens: int
-    seed: int  # of its own random stream
-    before: list[int] = field(default_factory=list)  # a decoder's last token of the prompt
-    new_ids: list[int] = field(default_factory=list)  # tokens generated so far
-
-    @functools.cached_property
-    def generator(self) -> torch.Generator:
-        """The row's random stream; greedy decoding makes none."""
-        import torch
-
-        return torch.Generator().manual_seed(self.seed)
-
-
-Finished = tuple[Row, str, str]  # (row, text, "stop": end of sequence or a stop string | "length")
 State = dict[str, Any]  # keyword arguments of model(...) from step to step, with the KV cache
 
 
@@ -118,12 +64,11 @@ def decode(
     while rows:
         size = batch_size or default_batch_size(model, rows[0])
         batch, rows = rows[:size], rows[size:]
-        prompts = {row.index: row.ids for row in batch}  # read once for all samples of a prompt
-        logits, state = prefill(model, list(prompts.values()))
+        prompts, places = distinct_prompts(batch)
+        logits, state = prefill(model, prompts)
         if len(prompts) < len(batch):
-            places = {index: place for place, index in enumerate(prompts)}
-            logits = logits[[places[row.index] for row in batch]]
-            select_rows(state, [places[row.index] for row in batch])
+            logits = logits[places]
+            select_rows(state, places)
         while batch:
             tokens = next_tokens(logits, batch, sampling)
             finished, unfinished = append_tokens(tokenizer, eos, batch, tokens, sampling.stop)
@@ -136,12 +81,24 @@ def decode(
                 logits = decode_step(model, tokens, state)
 
 
-def prefill(model: Model, prompts: list[list[int]]) -> tuple[Tensor, State]:
-    """Read prompts (token ids); return the logits (B, V) of the first new token, and the state.
+def distinct_prompts(rows: list[Row]) -> tuple[list[models.Ids], list[int]]:
+    """Return the prompts of rows, each once however often it is sampled, and the place of each row.
 
-    Decoders are padded on the left, so that all rows continue in one column, and their positions
-    start at 0 after the padding: [[5, 6, 7], [8]] -> ids [[5, 6, 7], [0, 0, 8]], mask [[1, 1, 1],
-    [0, 0, 1]], positions [[0, 1, 2], [0, 0, 0]].  Encoder-decoders are padded on the right.
+    Rows of prompts 4, 4, 7 -> (ids of 4 and 7, [0, 0, 1]).
+    """
+    prompts = []
+    places: dict[int, int] = {}
+    for row in rows:
+        if row.index not in places:
+            places[row.index] = len(prompts)
+            prompts.append(row.ids)
+    return prompts, [places[row.index] for row in rows]
+
+
+def pad(prompts: list[models.Ids], on_left: bool) -> tuple[Tensor, Tensor]:
+    """Return the token ids of prompts and the mask of what is no padding, both (B, T).
+
+    [[5, 6, 7], [8]] on the left -> ids [[5, 6, 7], [0, 0, 8]], mask [[1, 1, 1], [0, 0, 1]].
     """
     import torch
 
@@ -149,19 +106,36 @@ def prefill(model: Model, prompts: list[list[int]]) -> tuple[Tensor, State]:
     ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padding is masked: any token serves
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        columns = slice(0, len(prompt))
-        if not model.config.is_encoder_decoder:
-            columns = slice(width - len(prompt), width)
+        first = 0
+        if on_left:
+            first = width - len(prompt)
+        columns = slice(first, first + len(prompt))
         ids[row, columns] = torch.tensor(prompt)
         mask[row, columns] = 1
+    return ids, mask
+
+
+def prefill(model: Model, prompts: list[models.Ids]) -> tuple[Tensor, State]:
+    """Read prompts (token ids); return the logits (B, V) of the first new token, and the state.
+
+    Decoders are padded on the left, so that all rows continue in one column; positions start at 0
+    after the padding.  Encoder-decoders are padded on the right.
+    """
+    import torch
+
+    config = model.config
+    ids, mask = pad(prompts, on_left=not config.is_encoder_decoder)
     ids = ids.to(model.device)
-    state: State = {"attention_mask": mask.to(model.device)}
-    if model.config.is_encoder_decoder:
-        state["encoder_outputs"] = model.get_encoder()(input_ids=ids, **state)
-        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+    mask = mask.to(model.device)
+    state: State = {"attention_mask": mask}
+    if config.is_encoder_decoder:
+        encoder = model.get_encoder()
+        state["encoder_outputs"] = encoder(input_ids=ids, attention_mask=mask)
+        start = torch.full_like(ids[:, :1], config.decoder_start_token_id)
         output = model(decoder_input_ids=start, **state, use_cache=True)
     else:
-        inputs = {"position_ids": (state["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+        positions = mask.cumsum(-1) - 1
+        inputs = {"position_ids": positions.clamp(min=0)}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1
         output = model(input_ids=ids, **inputs, **state, use_cache=True)
@@ -200,8 +174,9 @@ def decode_step(model: Model, tokens: Tensor, state: State) -> Tensor:
     if model.config.is_encoder_decoder:
         output = model(decoder_input_ids=ids, **state, use_cache=True)
     else:
-        state["attention_mask"] = torch.cat([state["attention_mask"], torch.ones_like(ids)], 1)
-        positions = state["attention_mask"].sum(-1, keepdim=True) - 1
+        mask = torch.cat([state["attention_mask"], torch.ones_like(ids)], 1)
+        positions = mask.sum(-1, keepdim=True) - 1
+        state["attention_mask"] = mask
         inputs = dict(state)
         if "cache_params" in state:  # Mamba would multiply the new token by the whole mask
             del inputs["attention_mask"]
@@ -212,70 +187,15 @@ def decode_step(model: Model, tokens: Tensor, state: State) -> Tensor:
 
 def select_rows(state: State, places: list[int]) -> None:
     """Go on with the rows at these places, each as often as it is named."""
-    index = state["attention_mask"].new_tensor(places)
-    state["attention_mask"] = state["attention_mask"][index]
-    cache_of(state).reorder_cache(index)  # every kind of cache layer has this one
-    for name, value in state.get("encoder_outputs", {}).items():
+    mask = state["attention_mask"]
+    index = mask.new_tensor(places)
+    state["attention_mask"] = mask[index]
+    cache = cache_of(state)
+    cache.reorder_cache(index)  # every kind of cache layer has this one
+    encoded = state.get("encoder_outputs", {})
+    for name, value in encoded.items():
         if hasattr(value, "shape"):  # mixtures of experts add tuples, of which nothing is read
-            state["encoder_outputs"][name] = value[index]
-
-
-def next_tokens(logits: Tensor, rows: list[Row], sampling: Sampling) -> Tensor:
-    """Choose each row's next token (B,).  Raises UserError where logits are NaN or infinite."""
-    tokens = logits.argmax(-1)  # a NaN is the largest
-    is_finite = logits.gather(1, tokens[:, None])[:, 0].isfinite()
-    if not is_finite.all():
-        row = rows[is_finite.tolist().index(False)]
-        raise UserError(
-            f"prompt {row.index}: the model's logits are NaN or infinite at new token "
-            f"{len(row.new_ids) + 1}: its weights are damaged, or too large for this --precision"
-        )
-    if sampling.temperature == 0:
-        return tokens
-    generators = [row.generator for row in rows]
-    return sample_tokens(logits.float(), sampling.temperature, generators, sampling.top_p)
-
-
-def append_tokens(
-    tokenizer: Tokenizer, eos: set[int], rows: list[Row], tokens: Tensor, stop: list[str] | None
-) -> tuple[list[Finished], list[int]]:
-    """Append its token to each row; return the rows that ended, and the places of the others."""
-    finished = []
-    unfinished = []
-    for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-        row.new_ids.append(token)
-        is_full = len(row.new_ids) >= row.max_new_tokens
-        text = ""
-        if is_full or token in eos or shows_stop(tokenizer, row.new_ids, stop):
-            text = text_after(tokenizer, row.before, row.new_ids)
-        cuts = [text.find(string) for string in stop or () if string in text]
-        if cuts or token in eos:
-            finished.append((row, text[: min(cuts, default=None)], "stop"))
-        elif is_full:
-            finished.append((row, text, "length"))
-        else:
-            unfinished.append(place)
-    return finished, unfinished
-
-
-def shows_stop(tokenizer: Tokenizer, ids: list[int], stop: list[str] | None) -> bool:
-    """Tell whether the last tokens show a stop string, a byte of which may be a token."""
-    if not stop:
-        return False
-    most_tokens = 1 + max(len(string.encode()) for string in stop)
-    tail = tokenizer.decode(ids[-most_tokens:], skip_special_tokens=True)
-    return any(string in tail for string in stop)
-
-
-def text_after(tokenizer: Tokenizer, before: list[int], ids: list[int]) -> str:
-    """Return the text of ids after the tokens before: Llama's tokenizers drop a text's first space.
-
-    So `step by step.` goes on with ` First`, not with `First`.
-    """
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    head = tokenizer.decode(before, skip_special_tokens=True)
-    whole = tokenizer.decode(before + ids, skip_special_tokens=True)
-    return whole[len(head) :] if whole == f"{head} {text}" else text
+            encoded[name] = value[index]
 
 
 def default_batch_size(model: Model, longest: Row) -> int:
@@ -286,27 +206,40 @@ def default_batch_size(model: Model, longest: Row) -> int:
     """
     import torch
 
-    token_bytes = cache_bytes_per_token(prefill(model, [longest.ids[:1]])[1])
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        row_bytes = token_bytes * (len(longest.ids) + longest.max_new_tokens)
-        return max(1, min(GPU_ROWS, free // 2 // max(1, row_bytes)))
-    row_bytes = token_bytes * (len(longest.ids) + min(longest.max_new_tokens, RESERVED_TOKENS))
-    return max(1, min(CPU_ROWS, cpu_cache_bytes(model) // max(1, row_bytes)))
+    device = model.device
+    new_tokens = longest.max_new_tokens
+    if device.type == "cuda":
+        most_rows = GPU_ROWS
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)
+        free -= torch.cuda.memory_allocated(device)
+        allowed = free // 2
+    else:
+        most_rows = CPU_ROWS
+        allowed = cpu_cache_bytes(model)
+        new_tokens = min(new_tokens, RESERVED_TOKENS)
+    _, state = prefill(model, [longest.ids[:1]])
+    token_bytes = cache_bytes_per_token(state)
+    row_bytes = token_bytes * (len(longest.ids) + new_tokens)
+    rows = allowed // max(1, row_bytes)
+    return max(1, min(rows, most_rows))
 
 
 def cache_bytes_per_token(state: State) -> int:
     """Return the bytes of keys and values in a cache of one token."""
     cache = cache_of(state)
-    layers = getattr(cache, "self_attention_cache", cache).layers
-    keys = [getattr(layer, "keys", None) for layer in layers]
-    return sum(2 * key.nbytes for key in keys if key is not None)
+    total = 0
+    for layer in getattr(cache, "self_attention_cache", cache).layers:
+        keys = getattr(layer, "keys", None)
+        if keys is not None:
+            total += 2 * keys.nbytes
+    return total
 
 
 def cpu_cache_bytes(model: Model) -> int:
     """Return the bytes that the KV cache may take by default on a CPU."""
-    return max(6 * 10**8, sum(weight.nbytes for weight in model.parameters()) // 2)
+    weight_bytes = sum(weight.nbytes for weight in model.parameters())
+    return max(600_000_000, weight_bytes // 2)
 
 
 # ---------------- Rehearse: batches and fast paths are trusted when they give the same logits
@@ -390,6 +323,7 @@ def decode_rehearsed(
     sampling: Sampling,
     batch_size: int | None,
     plain: bool,
+    cuda_graphs: bool,
 ) -> Iterator[Finished]:
     """Yield each row as it ends, by the fastest loop that gives this model's own logits.
 
@@ -399,8 +333,7 @@ def decode_rehearsed(
         return
     arguments = (model, tokenizer, rows, sampling)
     rehearsal = rehearse(model, rows)
-    is_alone = batch_size == 1 or len(rows) == 1
-    if not is_alone:
+    if batch_size != 1 and len(rows) > 1:
         logits = rehearsed_logits(model, rehearsal.prompts, rehearsal.tokens)
         if not rehearsal.agrees_with(logits):
             print_on_rank0(
@@ -413,6 +346,10 @@ def decode_rehearsed(
         from extras import cpu_decoding
 
         yield from cpu_decoding.decode(*arguments, batch_size, rehearsal)
+    elif model.device.type == "cuda" and cuda_graphs and not plain:
+        from extras import gpu_decoding
+
+        yield from gpu_decoding.decode(*arguments, batch_size, rehearsal)
     else:
         yield from decode(*arguments, batch_size)
 
@@ -435,6 +372,7 @@ def generate(
     top_p: float = 1.0,
     journal: StrPath | None = None,
     plain: bool = False,
+    cuda_graphs: bool = False,
     first: int = 0,
 ) -> list[list[dict[str, str]]]:
     """Complete each prompt n times; return {"completion", "finish_reason"} of each, in order.
@@ -461,7 +399,7 @@ def generate(
         for row in rows:
             row.before = row.ids[-1:].tolist()
     with evaluation_mode(model):
-        ended = decode_rehearsed(model, tokenizer, rows, sampling, batch_size, plain)
+        ended = decode_rehearsed(model, tokenizer, rows, sampling, batch_size, plain, cuda_graphs)
         finished = collect(ended, journals, len(rows))
     for share in all_gather(finished):
         done |= share
@@ -475,7 +413,7 @@ def completion_of(row: dict[str, str] | None) -> dict[str, str]:
     """Return the completion in a journal's row; that of a skipped prompt (None) is empty."""
     if row is None:
         return {"completion": "", "finish_reason": "length"}
-    return {"completion": row["completion"], "finish_reason": row["finish_reason"]}
+    return {name: row[name] for name in ("completion", "finish_reason")}
 
 
 @contextlib.contextmanager
@@ -515,38 +453,46 @@ def open_journals(path: StrPath | None) -> tuple[list[Journal], dict[str, dict]]
     numbers = sorted({rank, *storage.journal_paths(path)})
     own = [number for number in numbers if number % world_size == rank]
     journals = [storage.Journal(f"{path}.journal-{number}") for number in own]
+    own_rows = {}
+    for journal in journals:
+        own_rows |= journal.rows
     done = {}
-    for rows_of_journals in all_gather([journal.rows for journal in journals]):
-        for rows in rows_of_journals:
-            done |= rows
-    return journals, {key: row for key, row in done.items() if "finish_reason" in row}
+    for rows in all_gather(own_rows):
+        for key, row in rows.items():
+            if "finish_reason" in row:
+                done[key] = row
+    return journals, done
 
 
 def missing_rows(
     fitted: list, keys: list[list[str]], streams: list[list[int]], done: dict[str, dict]
 ) -> list[Row]:
     """Return this rank's share of the rows that are not done, the longest prompts first."""
-    rank, world_size = rank_and_world_size()
-    missing = [i for i, (_, limit) in enumerate(fitted) if limit and not done.keys() >= {*keys[i]}]
-    missing.sort(key=lambda i: -len(fitted[i][0]))
-    rows = []
-    for i in missing[rank::world_size]:
+    missing = []  # the rows of each prompt that has some
+    for i, (ids, limit) in enumerate(fitted):
+        rows = []
         for key, stream in zip(keys[i], streams[i], strict=True):
-            if key not in done:
-                rows.append(Row(i, key, *fitted[i], stream))
-    return rows
+            if limit and key not in done:
+                rows.append(Row(i, key, ids, limit, stream))
+        if rows:
+            missing.append(rows)
+    missing.sort(key=lambda rows: len(rows[0].ids), reverse=True)
+    rank, world_size = rank_and_world_size()
+    share = missing[rank::world_size]
+    return list(itertools.chain.from_iterable(share))
 
 
 def collect(ended: Iterator[Finished], journals: list[Journal], total: int) -> dict[str, dict]:
     """Put each row into this rank's journal when it ends; return {key: row}."""
     finished = {}
-    is_rank0 = rank_and_world_size()[0] == 0
+    rank, _ = rank_and_world_size()
     with contextlib.closing(ended):
-        for row, text, reason in terminal.progress(ended, "decoding", is_rank0, total):
-            finished[row.key] = {"key": row.key, "completion": text, "finish_reason": reason}
+        for row, text, reason in terminal.progress(ended, "decoding", rank == 0, total):
+            done = {"key": row.key, "completion": text, "finish_reason": reason}
+            finished[row.key] = done
             row.new_ids.clear()  # the rows of all prompts stay
             if journals:
-                journals[0].append([finished[row.key]])
+                journals[0].append([done])
     for journal in journals:
         journal.close()
     return finished

@@ -60,13 +60,15 @@ def print0(ranks: Ranks, text: str) -> None:
         sys.stdout.flush()
 
 
-def on_rank0(ranks: Ranks, function: Callable[[], Any]) -> Any:
-    """Run function on rank 0 alone; return its result on every rank, when it is done."""
+def on_rank0(ranks: Ranks, function: Callable, *arguments: Any) -> Any:
+    """Call function on rank 0 alone; return its result on every rank, when it is done."""
     if ranks.world_size == 1:
-        return function()
+        return function(*arguments)
     import torch.distributed as dist
 
-    result = [function()] if ranks.is_rank0 else [None]
+    result = [None]
+    if ranks.is_rank0:
+        result = [function(*arguments)]
     dist.broadcast_object_list(result)
     return result[0]
 
@@ -110,15 +112,19 @@ def is_first_of_machine(ranks: Ranks) -> bool:
 def share_folder(folder: Path, ranks: Ranks) -> None:
     """Put the files of a folder of rank 0's, such as a student, on machines that lack them."""
     if ranks.world_size > 1:
-        names = on_rank0(ranks, lambda: [path.name for path in files_of(folder)])
+        names = on_rank0(ranks, model_files, folder)
         share_files(folder, names, ranks)
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Return a model folder's files; of a hub name, none."""
+def model_files(folder: Path) -> list[str]:
+    """Return the names of a model folder's files; of a hub name, none."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+    names = []
+    for path in folder.iterdir():
+        if path.suffix in MODEL_SUFFIXES:
+            names.append(path.name)
+    return sorted(names)
 
 
 def share_files(folder: Path, names: Iterable[str], ranks: Ranks) -> list[str]:
@@ -146,7 +152,9 @@ def share_files(folder: Path, names: Iterable[str], ranks: Ranks) -> list[str]:
 
 
 def file_hash(path: Path) -> str | None:
-    return storage.file_sha256(path) if path.exists() else None
+    if path.exists():
+        return storage.file_sha256(path)
+    return None
 
 
 def broadcast_file(path: Path, is_lacking: bool, ranks: Ranks) -> None:

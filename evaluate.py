@@ -80,25 +80,34 @@ def wilson_interval(correct: float, n: int, z: float = 1.959964) -> tuple[float,
     share = correct / n
     z2 = z * z / n
     middle = share + z2 / 2
-    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
-    return 100 * max(0.0, middle - half) / (1 + z2), 100 * min(1 + z2, middle + half) / (1 + z2)
+    variance = share * (1 - share) / n + z2 / (4 * n)
+    half = z * math.sqrt(variance)
+    whole = 1 + z2
+    low = max(0.0, middle - half)
+    high = min(whole, middle + half)
+    return 100 * low / whole, 100 * high / whole
 
 
 def grade_rows(metadata: dict, rows: list[Completion], rules: str) -> list[GradedRow]:
     """Grade completions by both sets of rules; `rules` decide the outcome."""
-    task, template = metadata["dataset_key"], metadata.get("prediction_template")
-    graders = {name: tasks.make_grader(task, template, name) for name in ("paper", "flexible")}
+    task = metadata["dataset_key"]
+    template = metadata.get("prediction_template")
+    graders = {}
+    for name in ("paper", "flexible"):
+        graders[name] = tasks.make_grader(task, template, name)
     graded = []
     for row in rows:
-        verdicts = {
-            name: grade(row["completion"], row["answer"]) for name, grade in graders.items()
-        }
+        verdicts = {}
+        for name, grade in graders.items():
+            verdicts[name] = grade(row["completion"], row["answer"])
+        verdict = verdicts[rules]
         outcome = "wrong"
-        if verdicts[rules].correct:
+        if verdict.correct:
             outcome = "right"
-        elif verdicts[rules].prediction in (None, ""):
+        elif verdict.prediction in (None, ""):
             outcome = "unreadable"
-        graded.append(GradedRow(row, outcome, verdicts))
+        one = GradedRow(row, outcome, verdicts)
+        graded.append(one)
     return graded
 
 
@@ -111,8 +120,9 @@ def score(
     allow_partial: bool = False,
 ) -> Score:
     """Score a part of a completion file.  split: None is the one that it was made for."""
-    metadata, rows = read_completions(path)
-    return score_rows(path, metadata, rows, part, split, data_dir, rules, allow_partial)[0]
+    file = read_completions(path)
+    scored, _ = score_rows(path, *file, part, split, data_dir, rules, allow_partial)
+    return scored
 
 
 def score_rows(
@@ -175,16 +185,16 @@ def percentage(flags: Iterable[bool]) -> float:
 
 def print_scores(scores: list[Score]) -> None:
     """Print a line for each file."""
-    shares = "accuracy  95% interval      paper flexible contains  format complete"
-    print(f"{shares} no answer      n  file")
+    header = "accuracy  95% interval      paper flexible contains  format complete"
+    print(f"{header} no answer      n  file")
+    names = ("paper", "flexible", "contains_answer", "correct_format", "complete")
     for s in scores:
         interval = f"[{s['low']:.2f}, {s['high']:.2f}]"
-        names = ("paper", "flexible", "contains_answer", "correct_format", "complete")
-        measures = " ".join(f"{s[name]:8.2f}" for name in names)
-        print(
-            f"{s['accuracy']:8.2f}  {interval:<14} {measures[1:]} {s['no_answer']:9d} {s['n']:6d}  "
-            f"{s['file']} ({s['part']})"
-        )
+        measures = [f"{s[name]:8.2f}" for name in names]
+        shares = " ".join(measures)
+        line = f"{s['accuracy']:8.2f}  {interval:<14} {shares[1:]}"
+        counts = f"{s['no_answer']:9d} {s['n']:6d}"
+        print(f"{line} {counts}  {s['file']} ({s['part']})")
         if "votes" in s:
             from extras import compare
 
@@ -196,66 +206,91 @@ def print_accuracy(scored: Score, epoch: int | None) -> None:
     when = ""
     if epoch:
         when = f" after epoch {epoch}"
-    interval = f"[{scored['low']:.1f}, {scored['high']:.1f}]"
+    accuracy = f"{scored['accuracy']:.2f}% {interval_text(scored)}"
     count = f"{scored['correct']} of {scored['n']}"
-    print(f"    test accuracy{when}: {scored['accuracy']:.2f}% {interval}, {count}")
+    print(f"    test accuracy{when}: {accuracy}, {count}")
+    share = scored["correct_format"]
+    if share < 50:
+        print(
+            f"    only {share:.1f}% put the answer as the template does; else the last one counts"
+        )
     print(f"    -> {scored['file']}")
+
+
+def interval_text(scored: Score) -> str:
+    """Write the 95% interval of a score: '[0.0, 27.8]'."""
+    low = scored["low"]
+    high = scored["high"]
+    return f"[{low:.1f}, {high:.1f}]"
 
 
 def print_completion(title: str, row: Completion, verdicts: dict[str, Verdict]) -> None:
     """Print a completion with its question and gold answer, and what each set of rules reads."""
-    print(f"\n{title} (sample {row['sample_index']}, completion {row['completion_index']})")
+    sample = row["sample_index"]
+    number = row["completion_index"]
+    print(f"\n{title} (sample {sample}, completion {number})")
     print_field("question", row["question"])
     if "reasoning_completion" in row:
         print_field("rationale", row["reasoning_completion"] or "")
     print_field("completion", row["completion"] or "")
     print_field("gold", row["answer"])
     for rules, verdict in verdicts.items():
-        outcome = "right" if verdict.correct else "wrong"
-        print_field(rules, f"{verdict.prediction} is {outcome}, of {verdict.candidates}")
+        outcome = "wrong"
+        if verdict.correct:
+            outcome = "right"
+        read = f"{verdict.prediction} is {outcome}, of {verdict.candidates}"
+        print_field(rules, read)
 
 
 def print_field(name: str, text: str) -> None:
     """Print a text behind its name, in lines of 120 characters at most."""
     lines = []
     for line in text.strip().splitlines():
-        lines += textwrap.wrap(line, 105) or [""]
-    print(
-        "\n".join([f"  {name + ':':<12}{''.join(lines[:1])}", *(f"{'':14}{x}" for x in lines[1:])])
-    )
+        wrapped = textwrap.wrap(line, 105)
+        lines += wrapped or [""]
+    indented = f"\n{'':14}".join(lines)
+    label = f"{name}:"
+    print(f"  {label:<12}{indented}")
 
 
 def print_report(results: list[Score], student: str, seed: int, saved: StrPath) -> None:
     """Print a run's last table, a right and a wrong completion, and where its files are."""
-    task = tasks.TASKS[results[-1]["task"]]
     last = results[-1]
-    answers = ""
-    if last["n"] > last["questions"]:
-        answers = f" x {last['n'] / last['questions']:g} answers"
-    asked = f"{last['questions']} test questions{answers}"
-    print(
-        f"\n{task.name}, {asked}, student {student}, seed {seed} (a random guess: {task.random}%)\n"
-    )
-    print(f"{'method':<22} {'accuracy':>8}  {'95% interval':<15} {'correct':>9}  {'no answer':>9}")
-    labels = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}
+    task = tasks.TASKS[last["task"]]
+    questions = last["questions"]
+    asked = f"{questions} test questions"
+    if last["n"] > questions:
+        each = last["n"] / questions
+        asked += f" x {each:g} answers"
+    guess = f"(a random guess: {task.random}%)"
+    print(f"\n{task.name}, {asked}, student {student}, seed {seed} {guess}\n")
+    print("method                 accuracy  95% interval      correct  no answer")
     examples = {}
-    for r in results:
-        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
-        print(
-            f"{labels.get(r['method'], r['method']):<22} {r['accuracy']:7.1f}%  {interval:<15} "
-            f"{r['correct']:>5}/{r['n']}  {r['no_answer']:>9}"
-        )
-        metadata, rows = read_completions(r["file"])
+    for scored in results:
+        print_result(scored)
+        metadata, rows = read_completions(scored["file"])
         aside = set(metadata.get("validation") or [])
-        rows = [row for row in rows if row["sample_index"] not in aside]
-        graded = reversed(grade_rows(metadata, rows, "paper"))
-        examples |= {one.outcome: (r["method"], one) for one in graded}
+        judged = [row for row in rows if row["sample_index"] not in aside]
+        graded = grade_rows(metadata, judged, "paper")
+        for one in reversed(graded):
+            examples[one.outcome] = (scored["method"], one)
     for outcome in ("right", "wrong"):
         if outcome in examples:
             method, one = examples[outcome]
             print_completion(f"A {outcome} completion of {method}:", one.row, one.verdicts)
     print(f"\nEverything is under {saved}/: completion_data (texts), finetune_data, models")
     print(f"Compare runs: python evaluate.py table --saved {saved}")
+
+
+def print_result(scored: Score) -> None:
+    """Print a method's line of a run's last table."""
+    method = scored["method"]
+    labels = {"ft": "ft (answers alone)", "ft_cot": "ft_cot (rationales)"}
+    label = labels.get(method, method)
+    interval = interval_text(scored)
+    shares = f"{scored['accuracy']:7.1f}%  {interval:<15}"
+    counts = f"{scored['correct']:>5}/{scored['n']}  {scored['no_answer']:>9}"
+    print(f"{label:<22} {shares} {counts}")
 
 
 # ---------------- Command line
@@ -319,10 +354,12 @@ def write_generated(out: str, rows: list[dict], completions: list[list[dict]]) -
     lines = []
     for row, of_prompt in zip(rows, completions, strict=True):
         for k, completion in enumerate(of_prompt):
-            number = {}
+            written = dict(row)
             if len(of_prompt) > 1:
-                number = {"completion_index": k}
-            lines.append(json.dumps({**row, **number, **completion}) + "\n")
+                written["completion_index"] = k
+            written |= completion
+            line = json.dumps(written)
+            lines.append(line + "\n")
     storage.write_atomic(out, "".join(lines))
     storage.remove_journals(out)
     print(f"wrote {len(lines)} completions to {out}")
@@ -343,12 +380,8 @@ def score_files(
         from extras import compare
 
         score_file = compare.score_with_votes  # and a vote where questions have several answers
-    scores = [
-        score_file(
-            path, part=part, split=split, data_dir=data, rules=rules, allow_partial=allow_partial
-        )
-        for path in files
-    ]
+    choice = (part, split, data, rules, allow_partial)
+    scores = [score_file(path, *choice) for path in files]
     if as_json:
         for scored in scores:
             print(json.dumps(scored))
@@ -398,11 +431,12 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; `run` is the function of the command, the rest its keywords."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    form = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=form)
+    exact = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=exact)
     generate_parser = commands.add_parser("generate", help="complete prompts with a local model")
     generate_parser.set_defaults(run=generate_file)
     add_generate_flags(generate_parser)

@@ -5,28 +5,35 @@ run; the flags themselves are in parser.py.
 """
 
 import os
+import re
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
+import chats
 import completions
 import curation
 import provenance
 import servers
+import storage
 import tasks
+import teacher
+from api import ApiConfig
 from completions import SamplingConfig
+from jobs import RemoteJob
 from parser import make_parser
 from provenance import CURATION, check_redo
 from storage import UserError, completion_path, model_key, safe_key
 from tasks import API_FAMILIES, FINE_TUNED, Benchmark
 
+# The defaults that depend on the task
 PAPER = {"teacher": "text-davinci-002", "student": "gpt2", "degree": 1, "temperature": 0.0}
 PAPER |= {"epochs": 20, "batch_size": 8, "lr": 3e-4, "schedule": "constant", "warmup": 0}
 PAPER |= {"max_new_tokens": 512}
 TOY = {"teacher": "toy", "student": "toy", "degree": 2, "temperature": 0.7}
 TOY |= {"epochs": 2, "batch_size": 8, "lr": 4e-3, "schedule": "linear", "warmup": 50}
 TOY |= {"max_new_tokens": 64}
-DEFAULTS = {"paper": PAPER, "toy": TOY}  # of the flags whose default depends on the task
 
 
 def parse_args(argv: list[str] | None = None, description: str = "") -> list[Namespace]:
@@ -34,23 +41,27 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> list[Nam
 
     A grid is --study NAME, --task all, or a flag that was given several values.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     parser = make_parser(description, show_all="--help-all" in argv)
     args = parser.parse(argv)
     if args.study or is_grid(args):
         from extras import studies
 
-        lines = studies.command_lines(argv)
-        runs = [run for line in lines for run in studies.expand(parser.parse(line))]
+        runs = []
+        for line in studies.command_lines(argv):
+            runs += studies.expand(parser.parse(line))
     else:
         runs = [with_single_values(args)]
     return [with_defaults(run) for run in runs]
 
 
 def is_grid(args: Namespace) -> bool:
-    lists = [value for name, value in vars(args).items() if name != "method"]
-    has_several = any(isinstance(value, list) and len(value) > 1 for value in lists)
-    return has_several or (args.task == ["all"] and not args.dry_run)
+    for name, value in vars(args).items():
+        has_several = isinstance(value, list) and len(value) > 1
+        if has_several and name != "method":
+            return True
+    return args.task == ["all"] and not args.dry_run
 
 
 def with_single_values(args: Namespace) -> Namespace:
@@ -62,11 +73,16 @@ def with_single_values(args: Namespace) -> Namespace:
     return Namespace(**values)
 
 
+def pick(args: Namespace, names: Iterable[str]) -> dict:
+    """Return {name: value} of some flags."""
+    return {name: getattr(args, name) for name in names}
+
+
 def usual_flags(args: Namespace) -> dict:
-    """Return the row of DEFAULTS for the task; the names of files leave out what is usual."""
+    """Return the defaults of the task; the names of files leave out what is usual."""
     if args.task == "toy" and not args.finetune_data:
-        return DEFAULTS["toy"]
-    return DEFAULTS["paper"]
+        return TOY
+    return PAPER
 
 
 def with_defaults(args: Namespace) -> Namespace:
@@ -87,7 +103,7 @@ AT_LEAST_1 = """degree epochs batch_size micro_batch_size max_length max_new_tok
     eval_samples teacher_max_new_tokens keep""".split()
 AT_LEAST_0 = """temperature weight_decay checkpoint_every checkpoint_steps eval_every seed data_seed
     micro_tokens warmup max_grad_norm log_every validation requests_per_minute tokens_per_minute
-    price_in price_out max_cost""".split()
+    price_in price_out max_cost max_rationale_words max_per_question show""".split()
 UP_TO_1000 = "choices concurrency attempt_timeout max_attempts".split()
 
 
@@ -144,9 +160,6 @@ def check_training(args: Namespace) -> None:
 
 def check_curation(args: Namespace) -> None:
     """Refuse filters out of range, and a degree that would repeat one rationale."""
-    for flag in ("max_rationale_words", "max_per_question", "show"):
-        if getattr(args, flag) < 0:
-            raise UserError(f"--{flag} {getattr(args, flag)} must be 0 or more")
     if not 0 <= args.max_similarity <= 1:
         raise UserError(f"--max_similarity {args.max_similarity} must be from 0 to 1")
     if args.show and args.stage != "curate":
@@ -189,11 +202,17 @@ def base_url(args: Namespace) -> str | None:
 def request_parameters(args: Namespace) -> dict:
     """Return what a request carries besides its text, of SamplingConfig's columns."""
     names = "api top_p reasoning_effort extra_body system extra_headers".split()
-    return servers.read_parameters(**{name: getattr(args, name) for name in names})
+    return servers.read_parameters(**pick(args, names))
 
 
 def has_api(args: Namespace) -> bool:
     return bool(os.environ.get("OPENAI_API_KEY", "").strip() or base_url(args))
+
+
+def api_config(args: Namespace) -> ApiConfig:
+    values = pick(args, ApiConfig._fields)
+    values["base_url"] = base_url(args)
+    return ApiConfig(**values)
 
 
 def is_remote_teacher(args: Namespace) -> bool:
@@ -203,25 +222,88 @@ def is_remote_teacher(args: Namespace) -> bool:
 
 def needs_torch(args: Namespace) -> bool:
     """Tell whether a run of these flags loads a model here."""
-    has_local_teacher = args.teacher.startswith("hf:") and args.stage in ("all", "sample")
-    has_local_student = args.label_style not in API_FAMILIES
-    return has_local_teacher or (has_local_student and args.stage not in ("sample", "curate"))
+    if args.stage in ("all", "sample") and args.teacher.startswith("hf:"):
+        return True
+    return args.stage not in ("sample", "curate") and args.label_style not in API_FAMILIES
 
 
 # ---------------- What is asked of whom
 
 
-def teacher_plan(args: Namespace, family: str) -> SamplingConfig:
+def teacher_plan(args: Namespace, is_chat: bool) -> SamplingConfig:
     """Return how the teacher is asked."""
-    plan = {"model": args.teacher, "api": args.api, "family": family}
-    plan |= {"template": args.teacher_method, "degree": args.sample_degree}
-    plan |= {"max_new_tokens": args.teacher_max_new_tokens or 128}  # the paper's
-    plan |= {"choices": args.choices, "legacy_max_tokens": args.legacy_max_tokens}
-    plan |= {"temperature": args.temperature, "task": args.task, "is_teacher": True}
-    plan |= request_parameters(args)
+    family = "decoder"
+    if is_chat:
+        family = "chat"
+    temperature = args.temperature
     if args.no_temperature and is_remote_teacher(args):
-        plan["temperature"] = None
-    return SamplingConfig(**plan, examples=few_shot_examples(args, args.teacher_method))
+        temperature = None
+    return SamplingConfig(
+        model=args.teacher,
+        api=args.api,
+        template=args.teacher_method,
+        family=family,
+        max_new_tokens=args.teacher_max_new_tokens or 128,  # the paper's
+        temperature=temperature,
+        degree=args.sample_degree,
+        choices=args.choices,
+        legacy_max_tokens=args.legacy_max_tokens,
+        examples=few_shot_examples(args, args.teacher_method),
+        task=args.task,
+        is_teacher=True,
+        **request_parameters(args),
+    )
+
+
+def remote_job(args: Namespace, task: str) -> RemoteJob:
+    """Return what to ask of a teacher behind an API, of which questions, and for which file."""
+    args = Namespace(**vars(args))
+    args.task = task  # a dry run asks for every one
+    benchmark = load_benchmark(args)
+    indices = benchmark.train
+    if args.teacher_part == "all":
+        indices = sorted(benchmark.train + benchmark.test)
+    samples = [benchmark.samples[i] for i in indices]
+    path = teacher_file(args)
+    plan = teacher_plan(args, is_chat=args.api == "chat")
+    plan = teacher.with_limit(plan, samples, path, args.teacher_max_new_tokens)
+    rules = args.rules or teacher.default_rules(plan.api)
+    metadata = teacher_metadata(args)
+    api = api_config(args)
+    return RemoteJob(path, metadata, plan, samples, api, rules)
+
+
+def remote_evaluation(args: Namespace, method: str, model: str) -> RemoteJob:
+    """Return what to ask of a student behind an API: the questions of the test part."""
+    family = API_FAMILIES[args.label_style]
+    endpoint = "completions"
+    if family == "chat":
+        endpoint = "chat"
+    plan = student_plan(args, method, family, model, endpoint)
+    benchmark = load_benchmark(args)
+    samples = [benchmark.samples[i] for i in benchmark.test]
+    run = run_metadata(args, method, {"student": model})
+    run["family"] = family
+    run["questions"] = len(benchmark.train)
+    metadata = student_metadata(args, method, plan.template, epoch=None)
+    metadata["run"] = run
+    metadata = teacher.with_settings(metadata, plan, samples)
+    path = test_file(args, method, None)
+    rules = args.rules or teacher.default_rules(plan.api)
+    api = api_config(args)
+    return RemoteJob(path, metadata, plan, samples, api, rules)
+
+
+def chat_config(args: Namespace, stage: str, model: str, method: str) -> chats.ChatConfig | None:
+    """Return how to chat with a model here, or None for plain prompts."""
+    return chats.chat_config(stage, model, method, args.chat, args.thinking, args.system)
+
+
+def decoding_options(args: Namespace) -> dict:
+    """Return the arguments of decoding.generate that are flags."""
+    options = pick(args, ["plain", "cuda_graphs"])
+    options["batch_size"] = args.eval_batch_size
+    return options
 
 
 def few_shot_examples(args: Namespace, method: str) -> str:
@@ -234,22 +316,39 @@ def student_plan(
     args: Namespace, method: str, family: str, model: str, api: str = ""
 ) -> SamplingConfig:
     """Return how the student is asked: greedily, or --eval_samples times at a temperature."""
-    k = args.eval_samples
     temperature = 0.0
-    if k > 1:
+    if args.eval_samples > 1:
         temperature = args.eval_temperature
-    plan = {"model": model, "api": api, "family": family, "temperature": temperature}
-    plan |= {"template": student_template(args, method), "degree": k, "choices": k}
-    plan |= {"max_new_tokens": args.max_new_tokens}
-    return SamplingConfig(**plan, examples=few_shot_examples(args, method))
+    return SamplingConfig(
+        model=model,
+        api=api,
+        template=curation.student_template(method, args.label_style),
+        family=family,
+        max_new_tokens=args.max_new_tokens,
+        temperature=temperature,
+        degree=args.eval_samples,
+        choices=args.eval_samples,
+        examples=few_shot_examples(args, method),
+    )
 
 
 def student_family(args: Namespace) -> str:
-    return curation.student_family(args.student, args.family, args.label_style)
+    """Return what a student reads: decoder, encoder_decoder, openai or chat samples.
 
-
-def student_template(args: Namespace, method: str) -> str:
-    return curation.student_template(method, args.label_style)
+    A folder's config tells; of a hub name, which need not be downloaded for curation, the name.
+    """
+    if args.label_style in API_FAMILIES:
+        return API_FAMILIES[args.label_style]
+    if args.family:
+        return args.family
+    config = Path(args.student) / "config.json"
+    if config.is_file():
+        is_encoder_decoder = storage.read_json(config).get("is_encoder_decoder")
+    else:
+        is_encoder_decoder = re.search(r"t5|bart|pegasus", args.student.lower())
+    if is_encoder_decoder:
+        return "encoder_decoder"
+    return "decoder"
 
 
 def load_benchmark(args: Namespace, validation: float = 0.0) -> Benchmark:
@@ -263,9 +362,7 @@ def run_metadata(args: Namespace, method: str, made_with: dict) -> dict:
     """
     known = provenance.effective_flags(method, vars(args))
     if method in FINE_TUNED:
-        family = student_family(args)
-        data_file = finetune_file(args, method, family)
-        note = curation.read_note(data_file)
+        note = curation.read_note(finetune_file(args, method))
         known = provenance.with_notes(known, made_with, note)
     elif args.student != "toy":
         known["student"] = made_with["student"]
@@ -274,18 +371,21 @@ def run_metadata(args: Namespace, method: str, made_with: dict) -> dict:
 
 # ---------------- Names of files (saved/README.md)
 
+FINETUNE_FILES = {
+    "decoder": "P_decoder/F_{}.json",
+    "encoder_decoder": "P_encoder_decoder/F_{}.json",
+    "openai": "P_openai/F_{}.jsonl",
+    "chat": "P_openai/F_{}_chat.jsonl",
+}
+
 
 def curation_options(args: Namespace) -> dict:
     """Return {flag: value} of the flags of CURATION that differ from the paper."""
-    values = {flag: getattr(args, flag) for flag in CURATION}
-    return {flag: value for flag, value in values.items() if value != CURATION[flag][0]}
-
-
-def rationale_option(args: Namespace) -> dict:
-    """Return {"rationale": ...} where students learn more, or else, than what a teacher said."""
-    if args.rationale == "content":
-        return {}
-    return {"rationale": args.rationale}
+    options = pick(args, CURATION)
+    for flag, (usual, _) in CURATION.items():
+        if options[flag] == usual:
+            del options[flag]
+    return options
 
 
 def teacher_key(args: Namespace) -> str:
@@ -323,13 +423,21 @@ def teacher_metadata(args: Namespace) -> dict:
 
 def student_metadata(args: Namespace, method: str, template: str, epoch: int | None) -> dict:
     """Return what a student's completion file says of itself."""
-    metadata = {"dataset_key": args.task, "base_model": model_key(args.student)}
-    metadata |= {"completion_key": method, "finetune_key": None, "train_key": None}
+    metadata = {
+        "dataset_key": args.task,
+        "base_model": model_key(args.student),
+        "completion_key": method,
+        "finetune_key": None,
+        "train_key": None,
+        "epoch": epoch,
+        "prediction_template": template,
+        "split": args.split,
+        "part": "test",
+    }
     if method in FINE_TUNED:
-        metadata |= {"finetune_key": finetune_key(args, method)}
-        metadata |= {"train_key": train_key(args, method)}
-    metadata |= {"epoch": epoch, "prediction_template": template}
-    return metadata | {"split": args.split, "part": "test"}
+        metadata["finetune_key"] = finetune_key(args, method)
+        metadata["train_key"] = train_key(args, method)
+    return metadata
 
 
 def run_suffix(args: Namespace, method: str) -> str:
@@ -342,33 +450,35 @@ def run_suffix(args: Namespace, method: str) -> str:
         if args.degree > 1:
             parts.append(f"{args.degree}aug")
         if args.teacher != usual_flags(args)["teacher"]:
-            parts.append(f"by_{model_key(args.teacher.removeprefix('hf:'))}")
-        parts += rationale_option(args).values()
-        options = curation_options(args).items()
-        parts += [CURATION[flag][1].format(value) for flag, value in options]
+            key = model_key(args.teacher.removeprefix("hf:"))
+            parts.append(f"by_{key}")
+        for flag, value in curation_options(args).items():
+            _, form = CURATION[flag]
+            parts.append(form.format(value))
     if args.split != "default":
         parts.append(args.split)
     if args.validation:
-        seed = f"s{args.data_seed}" if args.data_seed else ""  # it chooses the share
-        parts.append(f"v{args.validation:g}{seed}")
+        share = f"v{args.validation:g}"
+        if args.data_seed:
+            share += f"s{args.data_seed}"  # it chooses the samples
+        parts.append(share)
     return "".join(f"_{part}" for part in parts)
 
 
 def finetune_key(args: Namespace, method: str) -> str:
-    if method == "ft":
-        return f"ft_{args.task}{run_suffix(args, method)}"
-    return f"{teacher_key(args)}_{args.task}{run_suffix(args, method)}"
+    key = "ft"
+    if method != "ft":
+        key = teacher_key(args)
+    suffix = run_suffix(args, method)
+    return f"{key}_{args.task}{suffix}"
 
 
-def finetune_file(args: Namespace, method: str, family: str) -> Path:
-    """Return the fine-tuning file of a method, for students of a family."""
-    name = f"F_{safe_key(finetune_key(args, method))}"
-    folder = Path(args.saved) / "finetune_data"
-    if family == "openai":
-        return folder / "P_openai" / f"{name}.jsonl"
-    if family == "chat":
-        return folder / "P_openai" / f"{name}_chat.jsonl"
-    return folder / f"P_{family}" / f"{name}.json"
+def finetune_file(args: Namespace, method: str, family: str = "") -> Path:
+    """Return the fine-tuning file of a method, for students of a family, by default this one's."""
+    form = FINETUNE_FILES[family or student_family(args)]
+    key = safe_key(finetune_key(args, method))
+    name = form.format(key)
+    return Path(args.saved) / "finetune_data" / name
 
 
 def train_key(args: Namespace, method: str) -> str:
@@ -382,7 +492,10 @@ def train_key(args: Namespace, method: str) -> str:
     if method != "ft":
         if args.teacher_method != "zs_cot":
             key += f"_{args.teacher_method}"
-        if args.temperature != (0.7 if args.degree > 1 else 0.0):  # the paper's
+        usual_temperature = 0.0  # the paper's
+        if args.degree > 1:
+            usual_temperature = 0.7
+        if args.temperature != usual_temperature:
             key += f"_t{round(100 * args.temperature)}"
     key += run_suffix(args, method)
     if args.lr != usual["lr"]:
@@ -397,15 +510,18 @@ def train_key(args: Namespace, method: str) -> str:
 def student_dir(args: Namespace, method: str) -> Path:
     if args.out:
         return Path(args.out)
-    folder = Path(args.saved) / "models" / f"B_{model_key(args.student)}"
-    return folder / f"D_{args.task}__T_{train_key(args, method)}"
+    model = model_key(args.student)
+    key = train_key(args, method)
+    folder = Path(args.saved) / "models" / f"B_{model}"
+    return folder / f"D_{args.task}__T_{key}"
 
 
 def samples_suffix(args: Namespace) -> list[str]:
     """Return the part of a file name that tells K sampled answers a question from a greedy one."""
     if args.eval_samples == 1:
         return []
-    return [f"K_{args.eval_samples:02d}_t{round(100 * args.eval_temperature)}"]
+    percent = round(100 * args.eval_temperature)
+    return [f"K_{args.eval_samples:02d}_t{percent}"]
 
 
 def test_file(args: Namespace, method: str, epoch: int | None) -> Path:
@@ -418,15 +534,19 @@ def test_file(args: Namespace, method: str, epoch: int | None) -> Path:
         parts = [f"T_{train_key(args, method)}"]
         if args.label_style not in API_FAMILIES:
             parts.append(f"E_{epoch:03d}")
-    elif args.seed and (args.student == "toy" or args.eval_samples > 1):
-        parts = [f"S_{args.split}_s{args.seed}"]
     else:
         parts = [f"S_{args.split}"]
+        if args.seed and (args.student == "toy" or args.eval_samples > 1):
+            parts[0] += f"_s{args.seed}"
     parts += samples_suffix(args)
-    return completion_path(args.saved, model_key(args.student), method, args.task, *parts)
+    model = model_key(args.student)
+    return completion_path(args.saved, model, method, args.task, *parts)
 
 
 def job_file(args: Namespace, method: str) -> Path:
     """Return the file that keeps the ids of an API student's fine-tuning job."""
-    folder = Path(args.saved) / "model_metadata" / f"B_{model_key(args.student)}"
-    return folder / f"F_{finetune_key(args, method)}__T_{train_key(args, method)}.json"
+    model = model_key(args.student)
+    data_key = finetune_key(args, method)
+    key = train_key(args, method)
+    folder = Path(args.saved) / "model_metadata" / f"B_{model}"
+    return folder / f"F_{data_key}__T_{key}.json"

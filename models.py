@@ -51,7 +51,7 @@ def load_model(name: str, dtype: str = "float32") -> LoadedModel:
     from safetensors import SafetensorError
 
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "64")  # of the default 1024 entries each may take 1 MB
+        os.environ.setdefault(cache, "16")  # of the default 1024 entries each may take 1 MB or more
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     what = "is neither a folder here nor a model that could be downloaded"
@@ -119,6 +119,18 @@ def fuse_gelu(model: Model) -> None:
         for name, layer in module.named_children():
             if type(layer) is NewGELUActivation:
                 setattr(module, name, GELUTanh())
+
+
+def set_attention(model: Model, name: str) -> None:
+    """Have every part of a model attend by transformers' implementation of that name.
+
+    In transformers 5.17 the model's own method passes over T5's stacks.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(name)
 
 
 def select_device(name: str | None) -> torch.device:

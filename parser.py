@@ -17,6 +17,15 @@ USAGE = "%(prog)s [--task NAME ...] [--teacher NAME] [--student NAME] [more flag
 EPILOG = (
     "Several values (--degree 1 2 4, or 1,2,4) make a run of each.  Toy: the default of --task toy."
 )
+OTHER_NAMES = {  # of the flags, in other programs
+    "--learning_rate": "--lr",
+    "--model": "--student",
+    "--model_name_or_path": "--student",
+    "--dataset": "--task",
+    "--num_epochs": "--epochs",
+    "--num_train_epochs": "--epochs",
+    "--per_device_train_batch_size": "--batch_size",
+}
 BASIC = "task teacher student method degree epochs batch_size lr device".split()  # of --help
 
 
@@ -34,6 +43,7 @@ def make_parser(description: str, show_all: bool = False) -> Parser:
     add_hardware_flags(parser.group("speed and memory"))
     add_checkpoint_flags(parser.group("checkpoints and log"))
     add_evaluation_flags(parser.group("evaluation (paper §4)"))
+    parser.other_names = OTHER_NAMES
     parser.set_defaults(sample_degree=None)  # of a grid: the largest degree, sampled once for all
     return parser
 
@@ -168,6 +178,8 @@ def add_hardware_flags(add: Callable) -> None:
     precisions = ["fp32", "tf32", "bf16", "fp16"]
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--plain", action="store_true", help="do without the fast paths of extras/")
+    add("--cuda_graphs", action="store_true", help="on one GPU, steps and tokens as CUDA graphs: "
+        "tested on a CPU, not yet run on a GPU (default off)")
     add("--family", choices=families, help="of a student by hub name (default: from its name)")
     add("--precision", choices=precisions, default="fp32", help="autocast of matmuls (default "
         "fp32; T5 overflows in fp16)")

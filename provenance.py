@@ -32,6 +32,7 @@ SAMPLED_WITH = (
     "teacher teacher_method temperature teacher_max_new_tokens api no_temperature data_seed"
 ).split() + [*CHAT_WITH, *REQUESTED_WITH]
 CURATION = {  # flag: (the paper's value, what stands in file names for another one)
+    "rationale": ("content", "{}"),
     "filter": ("right", "{}"),
     "max_rationale_words": (0, "{}words"),
     "max_per_question": (0, "{}each"),
@@ -39,7 +40,7 @@ CURATION = {  # flag: (the paper's value, what stands in file names for another 
     "drop_unfinished": (False, "finished"),
     "drop_duplicates": (False, "unique"),
 }
-TAUGHT_WITH = [*SAMPLED_WITH, "degree", "rules", "rationale", *CURATION]  # of ft_cot alone
+TAUGHT_WITH = [*SAMPLED_WITH, "degree", "rules", *CURATION]  # of ft_cot alone
 UNSURE = [  # in no name: the file alone knows
     *("teacher_max_new_tokens", "api", "no_temperature"),
     *CHAT_WITH,
@@ -47,7 +48,8 @@ UNSURE = [  # in no name: the file alone knows
 ]
 RESULT_FLAGS = sorted({*ASKED_WITH, *TRAINED_WITH, *TUNED_WITH, *TAUGHT_WITH})
 COMPUTED_WITH = (  # rounding and, where a student has dropout, its masks: checkpoints.py names them
-    "device plain micro_batch_size micro_tokens packing gradient_checkpointing compile shard"
+    "device plain cuda_graphs compile shard "
+    "micro_batch_size micro_tokens packing gradient_checkpointing"
 ).split()
 NEUTRAL_FLAGS = [  # they change no result
     *COMPUTED_WITH,
@@ -125,7 +127,7 @@ def is_redone(redo: str | None, stage: str) -> bool:
     return redo is not None and STAGES.index(redo) <= STAGES.index(stage)
 
 
-# ---------------- The code that chooses and reads answers
+# ---------------- The code that chooses and reads answers, and that of the training loop
 
 CODE_FILES = (
     "tasks.py",
@@ -135,20 +137,24 @@ CODE_FILES = (
     "replies.py",
     "curation.py",
     "extras/filters.py",
-    "extras/batch_api.py",
+    "extras/finetune_jobs.py",
 )
 CODE_ROOTS = ["choose_samples", "finetune_text"]  # of curation.py: all else follows from them
+TRAINING_FILES = ("train_loop.py", "batches.py", "tokens.py")
+TRAINING_ROOTS = ["train", "load_or_tokenize"]
 OTHER_ROWS = ("TASKS", "TEMPLATES")  # tables of which a file depends on its own row alone
 Definitions = dict[str, list[ast.stmt]]  # {name: the statements that define it}
 
 
-def read_sources() -> tuple[str, ...]:
-    """Return the texts of CODE_FILES; extras/ may have been deleted."""
-    paths = [Path(__file__).parent / name for name in CODE_FILES]
+def read_sources(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the texts of some files; extras/ may have been deleted."""
+    paths = [Path(__file__).parent / name for name in names]
     return tuple(path.read_text() for path in paths if path.exists())
 
 
-SOURCES = read_sources()  # at the start: what is edited during a long study counts for the next one
+# At the start: what is edited during a long study counts for the next one.
+SOURCES = read_sources(CODE_FILES)
+TRAINING_SOURCES = read_sources(TRAINING_FILES)
 
 
 def defined_names(statement: ast.stmt) -> list[str]:
@@ -201,9 +207,20 @@ def code_fingerprint(task: str) -> str:
     whatever these name in CODE_FILES; not comments, other tasks or other templates.
     """
     definitions = read_definitions(SOURCES)
-    waiting = list(CODE_ROOTS)
+    names = list(CODE_ROOTS)
     for row in task_row(definitions, task):
-        waiting += used_names(row)
+        names += used_names(row)
+    return fingerprint_of(names, definitions)
+
+
+def training_fingerprint() -> str:
+    """Return 16 hex digits of the code of the training loop; not of the fast paths in extras/."""
+    return fingerprint_of(TRAINING_ROOTS, read_definitions(TRAINING_SOURCES))
+
+
+def fingerprint_of(names: list[str], definitions: Definitions) -> str:
+    """Return 16 hex digits of what some names stand for, and of all that is used there."""
+    waiting = list(names)
     found = {}
     while waiting:
         name = waiting.pop()
@@ -249,6 +266,16 @@ def content_hash(path: Path, saved: AnyPath) -> str:
 
 
 # ---------------- What a finished run says of itself
+
+
+def note_other_code(out: Path) -> None:
+    """Say where the training loop has been edited since a student was trained; it is kept."""
+    trained_by = storage.read_json(out / "run.json").get("code")
+    if trained_by not in (None, training_fingerprint()):  # None: of an earlier version
+        print(
+            "train: the code of the training loop has changed since: to train the student again by "
+            "it, add --redo train"
+        )
 
 
 def finished_settings(out: Path) -> JsonObject:
@@ -310,19 +337,14 @@ def teacher_flags(settings: Any) -> JsonObject:
     if "api" in settings:
         known["api"] = settings["api"]
         known["no_temperature"] = settings.get("temperature") is None
-        known |= request_flags(settings)
+        parameters = json.loads(settings.get("parameters") or "{}")
+        for name in ("reasoning_effort", "top_p"):
+            known[name] = parameters.pop(name, None)
+        known["extra_body"] = None
+        if parameters:
+            known["extra_body"] = json.dumps(parameters, sort_keys=True)
+        known["extra_headers"] = settings.get("extra_headers", "")
+        known["system"] = settings.get("system", "")
     if isinstance(settings.get("chat"), dict):
         known |= {"chat": True, **settings["chat"]}
-    return known
-
-
-def request_flags(settings: JsonObject) -> JsonObject:
-    """Return what an API's requests carried besides the text, by the flags' names."""
-    parameters = json.loads(settings.get("parameters") or "{}")
-    known = {name: parameters.pop(name, None) for name in ("reasoning_effort", "top_p")}
-    known["extra_body"] = None
-    if parameters:
-        known["extra_body"] = json.dumps(parameters, sort_keys=True)
-    known["extra_headers"] = settings.get("extra_headers", "")
-    known["system"] = settings.get("system", "")
     return known

@@ -36,17 +36,21 @@ class Trial(NamedTuple):
 
 def check_samples(model: Model, samples: TokenizedSamples) -> None:
     """Raise UserError with the first sample that has a token without an embedding."""
-    if samples.largest_id < len(model.get_input_embeddings().weight):
+    embedding = model.get_input_embeddings()
+    if samples.largest_id < len(embedding.weight):
         return
     for sample in samples:
         ids = sample.prompt + sample.label
-        models.check_token_ids(model, ids, f"the sample of sample_index {sample.sample_index}")
+        where = f"the sample of sample_index {sample.sample_index}"
+        models.check_token_ids(model, ids, where)
 
 
 def longest_and_shortest(samples: TokenizedSamples) -> Samples:
     """Return the samples to try: the longest shows positions and windows, the next one leaks."""
     places = samples.shortest_first
-    return [samples[places[-1]], samples[places[0]]]
+    longest = samples[places[-1]]
+    shortest = samples[places[0]]
+    return [longest, shortest]
 
 
 def try_alone(model: Model, samples: Samples, start_token: int | None, sharded: bool) -> Trial:
@@ -68,13 +72,21 @@ def try_alone(model: Model, samples: Samples, start_token: int | None, sharded: 
         ) from None
     if not trial.gradients and not sharded:
         raise UserError("no weight of the student gets a gradient, so there is nothing to train")
-    trained = trial.logits[-len(samples[-1].label) :][: len(decoded)]
-    if (trained - decoded).abs().max() > 1e-2 * trained.abs().max():
+    n_label = len(samples[-1].label)
+    trained = trial.logits[-n_label:][: len(decoded)]
+    if differ(decoded, trained, 1e-2):
         raise UserError(
             f"models of type {kind} predict a token from those that come after it, or decode "
             "otherwise than they are trained: take a causal one (BERT's kind: is_decoder in config)"
         )
     return trial
+
+
+def differ(logits: Tensor, truth: Tensor, bound: float) -> bool:
+    """Tell whether logits are off by more than bound times the largest; NaN says nothing."""
+    error = (logits - truth).abs().max()
+    largest = truth.abs().max()
+    return bool(error > bound * largest)
 
 
 def try_batches(model: Model, batches: list[MicroBatch], with_gradients: bool) -> Trial:
@@ -87,11 +99,15 @@ def try_batches(model: Model, batches: list[MicroBatch], with_gradients: bool) -
             with torch.set_grad_enabled(with_gradients):
                 output = label_logits(model, batch, device)
             if with_gradients:
-                targets = batch.targets[batch.targets != IGNORE_INDEX].to(device)
-                F.cross_entropy(output.float(), targets, reduction="sum").backward()
+                is_label = batch.targets != IGNORE_INDEX
+                targets = batch.targets[is_label].to(device)
+                loss = F.cross_entropy(output.float(), targets, reduction="sum")
+                loss.backward()
             logits.append(output.detach())
-        weights = model.named_parameters()
-        gradients = {name: weight.grad for name, weight in weights if weight.grad is not None}
+        gradients = {}
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                gradients[name] = weight.grad
     finally:
         model.zero_grad(set_to_none=True)
     return Trial(torch.cat(logits), gradients)
@@ -99,13 +115,16 @@ def try_batches(model: Model, batches: list[MicroBatch], with_gradients: bool) -
 
 def decode_label(model: Model, sample: TrainSample) -> Tensor:
     """Return the logits of a sample's first label tokens as decoding computes them."""
+    n_fed = decoding.REHEARSED_TOKENS - 1
     with torch.no_grad():
         logits, state = decoding.prefill(model, [sample.prompt])
         steps = [logits]
-        for token in sample.label[: decoding.REHEARSED_TOKENS - 1]:
+        for token in sample.label[:n_fed]:
             ids = torch.tensor([token], device=model.device)
-            steps.append(decoding.decode_step(model, ids, state))
-    return torch.cat(steps)[: len(sample.label)]
+            logits = decoding.decode_step(model, ids, state)
+            steps.append(logits)
+    n_label = len(sample.label)
+    return torch.cat(steps)[:n_label]
 
 
 def agrees(
@@ -126,15 +145,17 @@ def agrees(
         return False  # such as a model that hands no keywords down to its attention
     if trial.logits.shape != truth.logits.shape:
         return False
-    if (trial.logits - truth.logits).abs().max() > BOUND * truth.logits.abs().max():
+    if differ(trial.logits, truth.logits, BOUND):
         return False
     if trial.gradients.keys() != truth.gradients.keys():
         return False
     largest = max((gradient.abs().max() for gradient in truth.gradients.values()), default=0)
     for name, gradient in trial.gradients.items():
         expected = truth.gradients[name]
-        is_lost = expected.any() and not gradient.any()
-        if is_lost or (gradient - expected).abs().max() > BOUND * largest:
+        error = (gradient - expected).abs().max()
+        if error > BOUND * largest:
+            return False
+        if expected.any() and not gradient.any():  # too small to be an error, but lost
             return False
     return True
 

@@ -6,13 +6,13 @@ Servers that speak OpenAI's language differ in every one of these (docs/api_teac
 Nothing here knows of requests, journals or money: the functions are pure.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import storage
+from refusals import MAX_DEPTH, error_code, error_object, server_words
 
 
 class Choice(NamedTuple):
@@ -79,12 +79,14 @@ def finish_kind(reason: str | None) -> str:
     """
     if not reason:
         return "stop"
-    return FINISH_KINDS.get(reason.strip().lower().replace("-", "_"), "unknown")
+    name = reason.strip().lower().replace("-", "_")
+    return FINISH_KINDS.get(name, "unknown")
 
 
 def has_ended(reason: str | None) -> bool:
     """Tell whether a text came to its natural end, under whatever name."""
-    return finish_kind(reason) in ("stop", "unknown")
+    kind = finish_kind(reason)
+    return kind in ("stop", "unknown")
 
 
 # ---------------- Reasoning inside a text
@@ -110,43 +112,52 @@ def split_reasoning(content: str) -> tuple[str, str, bool]:
     "<think>2 + 3</think>It is 5." -> ("It is 5.", "2 + 3", True).  Of a chat template that opens
     the block itself only the closing tag is there.
     """
+    parts: dict[bool, list[str]] = {False: [], True: []}  # by whether it is reasoning
     if "<|channel|>" in content:
-        channels = list(CHANNELS.finditer(content))
-        said = [part["text"] for part in channels if part["name"] == "final"]
-        thought = [part["text"] for part in channels if part["name"] != "final"]
-        return "".join(said).strip(), "\n".join(thought).strip(), bool(said)
-    if bare := BARE_CHANNELS.match(content):
-        return (bare["said"] or "").strip(), bare["thought"].strip(), bare["said"] is not None
-    tags = []
-    if any(mark in content for mark in "<[\u25c1"):
-        tags = list(TAGS.finditer(content))
-    if not tags:
-        return content, "", True
-    parts: dict[bool, list[str]] = {True: [], False: []}
-    is_thinking = tags[0].lastgroup == "closing"
-    position = 0
-    for tag in tags:
-        parts[is_thinking].append(content[position : tag.start()])
-        is_thinking = tag.lastgroup == "opening"
-        position = tag.end()
-    parts[is_thinking].append(content[position:])
-    return "".join(parts[False]).strip(), "\n".join(parts[True]).strip(), not is_thinking
+        for channel in CHANNELS.finditer(content):
+            is_reasoning = channel["name"] != "final"
+            parts[is_reasoning].append(channel["text"])
+        is_whole = bool(parts[False])
+    elif bare := BARE_CHANNELS.match(content):
+        parts[True].append(bare["thought"])
+        parts[False].append(bare["said"] or "")
+        is_whole = bare["said"] is not None
+    else:
+        tags = []
+        if any(mark in content for mark in "<[\u25c1"):
+            tags = list(TAGS.finditer(content))
+        if not tags:
+            return content, "", True
+        is_reasoning = tags[0].lastgroup == "closing"
+        start = 0
+        for tag in tags:
+            between = content[start : tag.start()]
+            parts[is_reasoning].append(between)
+            is_reasoning = tag.lastgroup == "opening"
+            start = tag.end()
+        parts[is_reasoning].append(content[start:])
+        is_whole = not is_reasoning
+    text = "".join(parts[False])
+    reasoning = "\n".join(parts[True])
+    return text.strip(), reasoning.strip(), is_whole
 
 
 # ---------------- One choice
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 THINKING_PARTS = ("thinking", "reasoning", "reasoning_text")
-MAX_DEPTH = 8  # of parts in parts, and of errors in errors
 
 
 def joined_text(value: Any, depth: int = MAX_DEPTH) -> str:
     """Return the text of a string, a part, or a list of parts: [{"text": "a"}, "b"] -> "ab"."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and depth:
-        return "".join(joined_text(part, depth - 1) for part in value)
-    if isinstance(value, dict) and depth:
+    if not depth:
+        return ""
+    if isinstance(value, list):
+        texts = [joined_text(part, depth - 1) for part in value]
+        return "".join(texts)
+    if isinstance(value, dict):
         for name in ("text", "thinking", "content", "summary", "reasoning"):
             if value.get(name):
                 return joined_text(value[name], depth - 1)
@@ -163,12 +174,16 @@ def split_parts(content: Any) -> tuple[str | None, str, str]:
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
-        raise InvalidReplyError("a reply whose content is no text", json.dumps(content)[:200])
+        said = json.dumps(content)
+        raise InvalidReplyError("a reply whose content is no text", said[:200])
     texts = {"text": "", "reasoning": "", "refusal": ""}
     for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        kind = "text"
+        if isinstance(part, dict):
+            kind = part.get("type", "text")
         if kind == "refusal":
-            texts["refusal"] += str(part.get("refusal") or "")
+            refusal = part.get("refusal") or ""
+            texts["refusal"] += str(refusal)
         elif kind in THINKING_PARTS:
             texts["reasoning"] += joined_text(part)
         elif kind in ("text", "output_text"):
@@ -189,24 +204,35 @@ def read_choice(choice: Any, api: str) -> Choice | None:
     if not isinstance(reason, str):
         reason = None
     message = choice.get("message")
-    if isinstance(choice.get("text"), str) and (api == "completions" or message is None):
+    has_text = isinstance(choice.get("text"), str)
+    if has_text and (api == "completions" or message is None):
         message = {"content": choice["text"]}
     if not isinstance(message, dict):
         if finish_kind(reason) == "content_filter":
             return Choice(None, None, reason)
         return None
     text, reasoning, refusal = split_parts(message.get("content"))
-    fields = (joined_text(message.get(name)) for name in REASONING_FIELDS)
-    reasoning = next((field for field in fields if field.strip()), "") + reasoning
+    reasoning = reasoning_field(message) + reasoning
     if text:
         text, thought, is_whole = split_reasoning(text)
         reasoning += thought
         if not is_whole:
             reason = "length"
         text = storage.replace_lone_surrogates(text)
-    refusal = str(message.get("refusal") or "") or refusal
     reasoning = storage.replace_lone_surrogates(reasoning.strip())
-    return Choice(text, reasoning or None, reason, storage.replace_lone_surrogates(refusal) or None)
+    if message.get("refusal"):
+        refusal = str(message["refusal"])
+    refusal = storage.replace_lone_surrogates(refusal)
+    return Choice(text, reasoning or None, reason, refusal or None)
+
+
+def reasoning_field(message: dict[str, Any]) -> str:
+    """Return the reasoning of a message's own field for it: servers may fill two with the same."""
+    for name in REASONING_FIELDS:
+        text = joined_text(message.get(name))
+        if text.strip():
+            return text
+    return ""
 
 
 # ---------------- The whole reply
@@ -247,31 +273,42 @@ def join_events(text: str) -> dict[str, Any]:
     for event in read_events(text):
         if not isinstance(event, dict):
             continue
-        reply |= {name: value for name, value in event.items() if name != "choices" and value}
-        for part in as_list(event.get("choices")):
+        parts = as_list(event.pop("choices", None))
+        reply |= {name: value for name, value in event.items() if value}
+        for part in parts:
             if isinstance(part, dict):
-                choice = choices.setdefault(part.get("index") or 0, {"message": {}})
+                index = part.get("index") or 0
+                choice = choices.setdefault(index, {"message": {}})
                 add_delta(choice, part)
-    usage = read_usage(reply.get("usage"))
-    if "error" not in reply and not all("finish_reason" in c for c in choices.values()):
+    found = list(choices.values())
+    is_whole = all("finish_reason" in choice for choice in found)
+    if not is_whole and "error" not in reply:
+        usage = read_usage(reply.get("usage"))
         raise InvalidReplyError("a stream that breaks off", text[-200:], usage)
-    return reply | {"choices": list(choices.values())}
+    return reply | {"choices": found}
 
 
 def add_delta(choice: dict[str, Any], part: dict[str, Any]) -> None:
     """Add what an event of a stream says to the choice that it is about."""
-    if part.get("finish_reason") is not None:
-        choice["finish_reason"] = part["finish_reason"]
-    delta = part.get("delta") or {"content": part.get("text")}
+    reason = part.get("finish_reason")
+    if reason is not None:
+        choice["finish_reason"] = reason
+    text = part.get("text")  # of completions
+    delta = part.get("delta") or {"content": text}
+    if not isinstance(delta, dict):
+        return
+    message = choice["message"]
     for name in ("content", "refusal", *REASONING_FIELDS):
-        if isinstance(delta, dict) and delta.get(name):
-            said = choice["message"].get(name, "")
-            choice["message"][name] = said + joined_text(delta[name])
+        said = joined_text(delta.get(name))
+        if said:
+            message[name] = message.get(name, "") + said
 
 
 def as_list(value: Any) -> list[Any]:
     """Return a list; [] for what is none."""
-    return value if isinstance(value, list) else []
+    if isinstance(value, list):
+        return value
+    return []
 
 
 def read_usage(usage: Any) -> dict[str, int] | None:
@@ -285,8 +322,9 @@ def read_usage(usage: Any) -> dict[str, int] | None:
     completion = usage.get("completion_tokens", usage.get("output_tokens"))
     if not (is_count(prompt) and is_count(completion)):
         return None
-    if is_count(usage.get("total_tokens")):
-        completion = max(completion, usage["total_tokens"] - prompt)
+    total = usage.get("total_tokens")
+    if is_count(total):
+        completion = max(completion, total - prompt)
     counts = {"prompt_tokens": prompt, "completion_tokens": completion}
     details = usage.get("completion_tokens_details")
     thought = usage.get("reasoning_tokens")
@@ -299,7 +337,9 @@ def read_usage(usage: Any) -> dict[str, int] | None:
 
 def is_count(value: Any) -> bool:
     """Tell whether a value can be a number of tokens."""
-    return type(value) is int and 0 <= value < 10**12
+    if type(value) is not int:
+        return False
+    return 0 <= value < 10**12
 
 
 def read_reply(reply: Any, api: str, wanted: int = 1) -> Reply:
@@ -308,74 +348,55 @@ def read_reply(reply: Any, api: str, wanted: int = 1) -> Reply:
     Choices that end in an error are left out.  Raises InvalidReplyError where none is left.
     """
     if not isinstance(reply, dict):
-        raise InvalidReplyError("a reply that is no object", json.dumps(reply)[:200])
+        said = json.dumps(reply)
+        raise InvalidReplyError("a reply that is no object", said[:200])
     usage = read_usage(reply.get("usage"))
     raise_error(reply.get("error"), usage)
-    found = as_list(reply.get("choices"))[: 4 * wanted + 64]  # a million would take long to read
-    indices = [choice.get("index") for choice in found if isinstance(choice, dict)]
-    if all(type(index) is int for index in indices) and len(set(indices)) == len(found):
-        found = sorted(found, key=lambda choice: choice["index"])
     choices = []
     failed = []
-    for raw in found:
+    for raw in ordered_choices(reply, 4 * wanted + 64):  # a million would take long to read
         choice = read_choice(raw, api)
         if choice and finish_kind(choice.finish_reason) == "error":
             failed.append(raw)
         elif choice:
             choices.append(choice)
     if failed and not choices:
-        raise_error(failed[0].get("error") or "finish_reason error", usage)
+        error = failed[0].get("error") or "finish_reason error"
+        raise_error(error, usage)
     if not choices:
-        raise InvalidReplyError("a reply without choices", json.dumps(reply)[:200], usage)
+        said = json.dumps(reply)
+        raise InvalidReplyError("a reply without choices", said[:200], usage)
     model = reply.get("model")
-    if isinstance(model, str):
-        return Reply(choices[:wanted], usage, storage.replace_lone_surrogates(model))
-    return Reply(choices[:wanted], usage, None)
+    if not isinstance(model, str):
+        return Reply(choices[:wanted], usage, None)
+    model = storage.replace_lone_surrogates(model)
+    return Reply(choices[:wanted], usage, model)
+
+
+def ordered_choices(reply: dict[str, Any], most: int) -> list[Any]:
+    """Return what a reply lists as choices, by their index where each has one of its own."""
+    found = as_list(reply.get("choices"))[:most]
+    by_index = {}
+    for choice in found:
+        index = None
+        if isinstance(choice, dict):
+            index = choice.get("index")
+        if type(index) is int:
+            by_index[index] = choice
+    if len(by_index) < len(found):
+        return found
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def raise_error(error: Any, usage: dict[str, int] | None) -> None:
     """Raise InvalidReplyError for an error inside a reply; return where there is none."""
     if not error:
         return
-    code = error.get("code") if isinstance(error, dict) else None
+    parts = error_object(error)
+    code = parts.get("code")
     status = None
-    if str(code).isascii() and str(code).isdigit() and 400 <= int(str(code)[:4]) <= 599:
-        status = int(code)
     kind = "an error inside a reply"
-    if status:
+    if re.fullmatch("[45][0-9][0-9]", str(code)):
+        status = int(code)
         kind += f" ({status})"
-    name = code if isinstance(code, str) else None
-    raise InvalidReplyError(kind, server_words(error), usage, status, name)
-
-
-# ---------------- What a server says besides an answer
-
-
-def server_words(body: Any, depth: int = MAX_DEPTH) -> str:
-    """Return the sentence in the body of an error, whatever its form; "" where there is none.
-
-    {"error": {"message": "a"}}, {"error": "a"}, {"message": "a"}, {"detail": "a"}, [{"error": ..}]
-    all say "a"; {"detail": [{"loc": ["body", "n"], "msg": "too large"}]} says "body.n: too large".
-    """
-    if isinstance(body, str):
-        return body
-    if isinstance(body, list) and depth:
-        said = (server_words(part, depth - 1) for part in itertools.islice(body, 5))
-        return "; ".join(words for words in said if words)
-    if not isinstance(body, dict) or not depth:
-        return ""
-    for name in ("error", "message", "detail", "msg", "errors", "error_description", "title"):
-        words = server_words(body.get(name), depth - 1)
-        if words and name == "msg" and isinstance(body.get("loc"), list):
-            words = ".".join(map(str, body["loc"])) + f": {words}"
-        if words:
-            return words
-    return ""
-
-
-def printable(text: str) -> str:
-    """Return a text in one line; what a terminal could take for an order is shown escaped."""
-    line = " ".join(text.split())
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    raise InvalidReplyError(kind, server_words(error), usage, status, error_code(parts))

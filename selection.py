@@ -4,20 +4,26 @@ A function select(sentence, candidates, announced) returns one of the candidates
 those in the sentence.  announced: 'The answer is' or the like stands before the sentence.
 """
 
-import bisect
 import operator
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import candidates as forms
-from candidates import Candidate, Candidates, accepted, has_one_of, moved
+from candidates import Candidate, Candidates, accepted, has_one_of, index_from, moved, text_before
 
 FILLERS = frozenset(
     "about approximately around roughly exactly only just simply definitely equal to a total of "
     "also now still therefore thus then x n".split()
 )
 WORDS = re.compile(r"[^\W_]+")
+
+
+def first_or_last(candidates: Candidates, is_first: bool) -> Candidate:
+    """Return the first candidate, or the last."""
+    if is_first:
+        return candidates[0]
+    return candidates[-1]
 
 
 def is_immediate(before: str) -> bool:
@@ -32,17 +38,23 @@ SUBORDINATE = re.compile(
 )
 
 
+def outside(pattern: re.Pattern, sentence: str, candidates: Candidates) -> Candidates:
+    """Leave out candidates in what a pattern finds, unless there are no others."""
+    others = candidates
+    for m in pattern.finditer(sentence):
+        start, end = m.span()
+        others = [c for c in others if not start <= c.start < end]
+    return others or candidates
+
+
 def main_clause(sentence: str, candidates: Candidates) -> Candidates:
     """Leave out what stands in a reason or concession only: 'E, although A is tempting' -> E"""
-    outside = candidates
-    for m in SUBORDINATE.finditer(sentence):
-        outside = [c for c in outside if not m.start() <= c.start < m.end()]
-    return outside or candidates
+    return outside(SUBORDINATE, sentence, candidates)
 
 
 def select_first_or_last(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
     """Select the first candidate after an announcement, else the last one."""
-    return main_clause(sentence, candidates)[0 if announced else -1]
+    return first_or_last(main_clause(sentence, candidates), announced)
 
 
 BOLD = re.compile(r"\*\*(?!\s)[^*\n]{1,80}(?<!:)\*\*(?!:)")  # **72 clips**, not **Step 1:**
@@ -54,9 +66,10 @@ def bold_spans(pattern: re.Pattern, text: str, candidates: Candidates) -> list[t
         return []
     spans = []
     for m in pattern.finditer(text):
-        i = bisect.bisect_left(candidates, (m.start(),))  # the first candidate in it or behind it
-        if i < len(candidates) and candidates[i].start < m.end():
-            spans.append(m.span())
+        start, end = m.span()
+        i = index_from(candidates, start)  # the first candidate in it or behind it
+        if i < len(candidates) and candidates[i].start < end:
+            spans.append((start, end))
     return spans
 
 
@@ -82,7 +95,7 @@ RESULT = re.compile(r"""(?x)  # each branch begins with a literal character: tha
         (?! ,?\ (?:if|since|because|when|after|given|as)\b )
     ) (?!\w)""")
 RESTATED = re.compile(r"[a-z ]{0,20}, or ")
-BRACKETS = re.compile(r"\([^()]*\)")
+BRACKETED = re.compile(r"\([^()]*\)")  # '45 min (0.75 h)' -> 45
 COMPARISON = re.compile(r"\s(?:more|less|fewer|times|percent)\b|%")
 
 
@@ -90,27 +103,22 @@ def is_operand(sentence: str, c: Candidate) -> bool:
     """Tell whether a number is a part of a calculation, not its result: the 12 of '36 = 12 * 3'."""
     if OPERAND_RIGHT.match(sentence, c.end):
         return True
-    left = sentence[max(0, c.start - 20) : c.start].rstrip(" $(")
+    left = text_before(sentence, c.start, 20).rstrip(" $(")
     if not left.endswith(OPERATORS):
         return False
+    if OPERAND_LEFT.search(left):
+        return True
     is_quotient = "/" in sentence[c.start : c.end]
-    return bool(OPERAND_LEFT.search(left) or (is_quotient and EXPRESSION.search(left)))
-
-
-def outside_brackets(sentence: str, candidates: Candidates) -> Candidates:
-    """Leave out numbers in brackets where there are others: '45 min (0.75 h)' -> 45"""
-    outside = candidates
-    for m in BRACKETS.finditer(sentence):
-        outside = [c for c in outside if not m.start() < c.start < m.end()]
-    return outside or candidates
+    return is_quotient and bool(EXPRESSION.search(left))
 
 
 def last_result(pattern: re.Pattern, sentence: str, candidates: Candidates) -> Candidate | None:
     """Return what follows the last 'equals' or 'gives' directly: '3 + 4 = 7 of 9' -> 7."""
-    starts = [c.start for c in candidates]
+    last = candidates[-1]
     result = None
-    for m in pattern.finditer(sentence, 0, starts[-1]):
-        following = candidates[bisect.bisect_left(starts, m.end())]
+    for m in pattern.finditer(sentence, 0, last.start):
+        i = index_from(candidates, m.end())
+        following = candidates[i]
         if not COMPARISON.match(sentence, following.end):
             result = following
     return result
@@ -127,18 +135,24 @@ def restated(sentence: str, candidates: Candidates) -> Candidate | None:
 def select_number(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
     """Select a result, else what an announced answer begins with, else what is bold or last."""
     if has_one_of(sentence, CALCULATIONS):
-        candidates = [c for c in candidates if not is_operand(sentence, c)] or candidates
-    candidates = outside_brackets(sentence, main_clause(sentence, candidates))
+        results = [c for c in candidates if not is_operand(sentence, c)]
+        candidates = results or candidates
+    candidates = main_clause(sentence, candidates)
+    candidates = outside(BRACKETED, sentence, candidates)
+    first = candidates[0]
     if len(candidates) == 1:
-        return candidates[0]
-    if announced and is_immediate(sentence[: candidates[0].start]):
+        return first
+    if announced and is_immediate(sentence[: first.start]):
         # 'The answer is 51 for 2 packs' -> 51, '1.5 hours, i.e. 90 minutes' -> 90
-        return restated(sentence, candidates) or candidates[0]
-    if result := last_result(RESULT, sentence, candidates):
+        return restated(sentence, candidates) or first
+    result = last_result(RESULT, sentence, candidates)
+    if result:
         return result
     bold = bold_spans(BOLD, sentence, candidates)
     if len(bold) == 1:
-        return next(c for c in candidates if c.start >= bold[0][0])
+        [(start, _)] = bold
+        i = index_from(candidates, start)
+        return candidates[i]
     return candidates[-1]  # '11 and 11 makes 22' -> 22
 
 
@@ -152,23 +166,30 @@ AFTER_NAME = re.compile(r"[.,;!(<}\n]|\s*\Z|\s(?:because|since|as|which|when|fro
 CLAUSE_END = re.compile(r"[,;(<}\n]|\b(?:because|since|as|which|when|from|by|for|if)\b|\Z")
 
 
+def names_among(candidates: Candidates) -> Candidates:
+    """Leave out 'the', 'string', 'is' and the like, unless there is nothing else."""
+    names = [c for c in candidates if not NO_NAME.match(c.value)]
+    return names or candidates
+
+
 def select_string(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
     """Select what is quoted or spelled out, else the word after 'gives' or 'is'."""
-    first = next((c for c in candidates if not NO_NAME.match(c.value)), candidates[0])
+    first = names_among(candidates)[0]
     is_named = announced and NAMED.fullmatch(sentence, 0, first.start)
     if is_named and AFTER_NAME.match(sentence, first.end):
         return first  # 'The answer is the string yajo, as the letters are ...'
-    results = [c for c in candidates if c.start >= result_end(sentence, candidates)]
+    begin = result_end(sentence, candidates)
+    results = [c for c in candidates if c.start >= begin]
     for group in (results, candidates):
         marked = [c for c in group if c.is_marked]
-        whole = [c for c in marked if len(c.value) > 1] or marked
-        if whole:
-            return whole[0 if announced else -1]
+        whole = [c for c in marked if len(c.value) > 1]
+        if marked:
+            return first_or_last(whole or marked, announced)
     start = results[0].start
     clause_end = CLAUSE_END.search(sentence, start).start()
-    words = [c for c in results if c.start < clause_end] or results[:1]
-    names = [c for c in words if not NO_NAME.match(c.value)]
-    return (names or words)[0 if announced else -1]
+    words = [c for c in results if c.start < clause_end]
+    names = names_among(words or results[:1])
+    return first_or_last(names, announced)
 
 
 STRING_RESULT = re.compile(r"""(?ix) [=:] | \b (?:gives?|giving|gets?|spells?|makes?|making|forms?
@@ -177,15 +198,21 @@ STRING_RESULT = re.compile(r"""(?ix) [=:] | \b (?:gives?|giving|gets?|spells?|ma
 
 def result_end(sentence: str, candidates: Candidates) -> int:
     """Return where the result of a concatenation may begin: after the last 'gives' or 'is'."""
-    last = candidates[-1].start
-    return max((m.end() for m in STRING_RESULT.finditer(sentence) if m.end() <= last), default=0)
+    last = candidates[-1]
+    begin = 0
+    for m in STRING_RESULT.finditer(sentence):
+        if m.end() > last.start:
+            break
+        begin = m.end()
+    return begin
 
 
 def select_statement(sentence: str, candidates: Candidates, announced: bool) -> Candidate:
     """Select the yes or no that is announced or that a sentence begins with, else the last."""
     candidates = main_clause(sentence, candidates)
-    begins = is_immediate(sentence[: candidates[0].start])
-    return candidates[0 if announced or begins else -1]
+    first = candidates[0]
+    begins = is_immediate(sentence[: first.start])
+    return first_or_last(candidates, announced or begins)
 
 
 # ---------------- All that is known of one type of answer
@@ -198,9 +225,7 @@ class Extractor(NamedTuple):
     gold: Callable = str  # gold answer -> value
     is_same: Callable = operator.eq  # (value of a candidate, of the gold answer) -> bool
     select: Callable = select_first_or_last  # flexible: which of a sentence's candidates
-    other_forms: Callable = (
-        forms.nothing
-    )  # flexible: Candidates, read only where there are no others
+    other_forms: Callable = forms.nothing  # flexible: Candidates, read where there are no others
     can_hedge: bool = False  # flexible: 'A or B' is no answer
     is_number: bool = False  # flexible: digits alone need no further reading
 
@@ -254,9 +279,11 @@ def find_sentence(text: str, start: int, position: int) -> tuple[int, int]:
     begin = max(start, position - MAX_SENTENCE)
     for m in SENTENCE_END.finditer(text, begin, position):
         begin = m.end()
-    limit = min(len(text), position + MAX_SENTENCE)
-    end = SENTENCE_END.search(text, position, limit)
-    return begin, end.start() if end else limit
+    end = min(len(text), position + MAX_SENTENCE)
+    m = SENTENCE_END.search(text, position, end)
+    if m:
+        end = m.start()
+    return begin, end
 
 
 def read_sentence(
@@ -269,15 +296,18 @@ def read_sentence(
     others = []
     if not inside:
         others = accepted(sentence, extractor.other_forms(sentence))
-    elif announced and not is_immediate(text[begin : inside[0].start]):
-        others = extractor.other_forms(text[begin : inside[0].start])
-        others = [c for c in others[:1] if is_immediate(sentence[: c.start])]
+    elif announced:
+        before = text[begin : inside[0].start]
+        if not is_immediate(before):
+            first = extractor.other_forms(before)[:1]
+            others = [c for c in first if is_immediate(sentence[: c.start])]
     if len(inside) == 1 and not others:
         return inside[0]
     inside = others or moved(inside, -begin)
     if not inside:
         return None
-    [chosen] = moved([extractor.select(sentence, inside, announced)], begin)
+    selected = extractor.select(sentence, inside, announced)
+    [chosen] = moved([selected], begin)
     return chosen
 
 
@@ -288,19 +318,20 @@ def read_announced(
     extractor: Extractor, text: str, start: int, candidates: Candidates
 ) -> Candidate | None:
     """Read the sentence that begins at start, else that of the next candidate."""
-    i = bisect.bisect_left(candidates, (start,))  # the first of them
-    if i == len(candidates) - 1 and candidates[i].start - start < 4:
-        if not text[start : candidates[i].start].strip(" :$\"'*("):
-            return candidates[i]  # ' is 12.', which most announcements are
+    i = index_from(candidates, start)
+    following = candidates[i:]
+    if len(following) == 1:
+        before = text[start : following[0].start]
+        if len(before) < 4 and not before.strip(" :$\"'*("):
+            return following[0]  # ' is 12.', which most announcements are
     word = WORD.search(text, start)
     if not word:
         return None
-    span = start, find_sentence(text, start, word.start())[1]
-    if chosen := read_sentence(extractor, text, span, candidates, True):
+    _, end = find_sentence(text, start, word.start())
+    chosen = read_sentence(extractor, text, (start, end), candidates, True)
+    if chosen or not following:
         return chosen
-    if i == len(candidates):
-        return None
-    span = find_sentence(text, start, candidates[i].start)
+    span = find_sentence(text, start, following[0].start)
     return read_sentence(extractor, text, span, candidates, True)
 
 
@@ -308,13 +339,16 @@ def read_last(extractor: Extractor, text: str, candidates: Candidates) -> Candid
     """Read the last sentence that has a candidate; a conclusion after it may use other forms."""
     last = candidates[-1]
     for m in CONCLUSION.finditer(text, last.end):
-        span = find_sentence(text, m.end(), m.end())
-        if concluded := read_sentence(extractor, text, span, [], False):
+        end = m.end()
+        span = find_sentence(text, end, end)
+        concluded = read_sentence(extractor, text, span, [], False)
+        if concluded:
             return concluded
     bold = bold_spans(BOLD_OPENING, text, candidates)
     if len(bold) == 1:  # '**72 clips**, as 48 were sold in April. And 24 in May.'
         return read_sentence(extractor, text, bold[0], candidates, True)
-    return read_sentence(extractor, text, find_sentence(text, 0, last.start), candidates, False)
+    span = find_sentence(text, 0, last.start)
+    return read_sentence(extractor, text, span, candidates, False)
 
 
 STEPS = re.compile(r"""(?x) \s*
@@ -326,29 +360,38 @@ STEPS = re.compile(r"""(?x) \s*
 def begins_with_answer(text: str, candidates: Candidates) -> bool:
     """Tell whether a text goes on after 'Therefore, the answer is', which its prompt ended with."""
     first = WORD.search(text)
-    if first and first.start() >= candidates[0].start:
+    if first.start() >= candidates[0].start:
         return not STEPS.match(text)
-    return not (first and first[0].isupper() and SENTENCE_END.search(text.rstrip()[:-1]))
+    if not first[0].isupper():
+        return True
+    body = text.rstrip()[:-1]
+    return not SENTENCE_END.search(body)
 
 
 def postposed(text: str, candidates: Candidates, start: int) -> Candidate | None:
     """Return what is called the answer afterwards: 'So (B) is the best answer.'"""
     found = None
     for m in POSTPOSED.finditer(text, start):
-        i = bisect.bisect_left(candidates, (m.start(),)) - 1
-        if i >= 0 and NEARBY.fullmatch(text, candidates[i].end, m.start()):
-            found = candidates[i]
+        begin = m.start()
+        i = index_from(candidates, begin)
+        for c in candidates[i - 1 : i]:  # the one before it, if any
+            if NEARBY.fullmatch(text, c.end, begin):
+                found = c
     return found
+
+
+CORRECTED = (".", "!", "?", ")", "\n", "No,", "Oh,")  # what stands before a correction
 
 
 def corrected(text: str, candidates: Candidates, start: int) -> Candidates:
     """Return the candidates after the last correction of an answer that was given before."""
     position = len(text)
     for m in CORRECTION.finditer(text, start):
-        before = text[max(0, m.start() - 6) : m.start()].rstrip(" ")
-        if before.endswith((".", "!", "?", ")", "\n", "No,", "Oh,")) or m[0].startswith("I "):
+        before = text_before(text, m.start(), 6).rstrip(" ")
+        if before.endswith(CORRECTED) or m[0].startswith("I "):
             position = m.end()
-    return [c for c in candidates if c.start >= position]
+    i = index_from(candidates, position)
+    return candidates[i:]
 
 
 def last_announcement(lowered: str, limit: int, announcements: dict) -> tuple[int, int]:
@@ -356,10 +399,12 @@ def last_announcement(lowered: str, limit: int, announcements: dict) -> tuple[in
     last = -1, -1
     for opening, pattern in announcements.items():
         start = lowered.rfind(opening, 0, limit)
-        while start >= 0 and not (m := pattern.match(lowered, start)):
+        while start >= 0:
+            m = pattern.match(lowered, start)
+            if m:
+                last = max(last, m.span())
+                break
             start = lowered.rfind(opening, 0, start)
-        if start >= 0:
-            last = max(last, (start, m.end()))
     return last
 
 
@@ -384,7 +429,8 @@ def announced(extractor: Extractor, text: str, candidates: Candidates) -> Candid
     for _ in range(3):
         if start < 0:
             return None
-        if chosen := read_announced(extractor, text, end, candidates):
+        chosen = read_announced(extractor, text, end, candidates)
+        if chosen:
             return chosen
         start, end = last_announcement(lowered, start, kinds)
     return None
@@ -402,8 +448,10 @@ def choose(
         chosen = read_announced(extractor, text, 0, candidates)
     if not chosen:
         return read_last(extractor, text, candidates)
-    if len(text) - chosen.end < 8:
+    end = chosen.end
+    if len(text) - end < 8:
         return chosen
-    if later := corrected(text, candidates, chosen.end):
+    later = corrected(text, candidates, end)
+    if later:
         return read_last(extractor, text, later)
-    return postposed(text, candidates, chosen.end) or chosen
+    return postposed(text, candidates, end) or chosen

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import storage
 from storage import UserError
 
+OPENAI = "https://api.openai.com/v1"
 EXAMPLE = "like http://127.0.0.1:8000/v1"
 
 
@@ -205,6 +206,7 @@ def read_object(extra_body: str) -> dict[str, Any]:
     """Return --extra_body.  Raises UserError where it is no object or sets what a flag sets."""
     try:
         parameters = json.loads(extra_body)
+        json.dumps(parameters, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
     except (ValueError, RecursionError) as e:
         raise UserError(f"--extra_body is not JSON ({e}): quote it for the shell") from None
     if not isinstance(parameters, dict):

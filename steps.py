@@ -52,48 +52,56 @@ def request_parameters(plan: SamplingConfig, step: int) -> tuple[dict[str, Any],
     if plan.api == "chat" and not plan.legacy_max_tokens:
         limit = "max_completion_tokens"
     parameters: dict[str, Any] = {"model": plan.model, limit: plan.max_new_tokens}
-    if plan.temperature is not None:
-        parameters["temperature"] = plan.temperature
+    temperature = plan.temperature
+    if temperature is not None:
         if step == 2:
-            parameters["temperature"] = 0.0  # the answer is read off greedily
-    if plan.api == "completions" and step == 1 and stop_strings(plan):
-        parameters["stop"] = stop_strings(plan)
+            temperature = 0.0  # the answer is read off greedily
+        parameters["temperature"] = temperature
+    stops = stop_strings(plan)
+    if stops and plan.api == "completions" and step == 1:
+        parameters["stop"] = stops
     if plan.parameters:
         parameters |= json.loads(plan.parameters)
     asked: list[Any] = [plan.api, parameters]
-    if plan.system or plan.extra_headers:  # else keys are those of earlier versions
-        asked += [plan.system, plan.extra_headers]
-    return parameters, json.dumps(asked, sort_keys=True)
+    also = [plan.system, plan.extra_headers]
+    if any(also):  # else keys are those of earlier versions
+        asked += also
+    as_json = json.dumps(asked, sort_keys=True)
+    return parameters, as_json
 
 
 def request_body(plan: SamplingConfig, step: int, texts: list[str]) -> dict[str, Any]:
     """Return the body of a request for one choice."""
-    body = dict(request_parameters(plan, step)[0])
+    parameters, _ = request_parameters(plan, step)
     if plan.api == "completions":
-        body["prompt"] = texts[0]
-    else:
-        turns = zip(("user", "assistant", "user"), texts, strict=False)
-        messages = [{"role": role, "content": text} for role, text in turns]
-        if plan.system:
-            messages.insert(0, {"role": "system", "content": plan.system})
-        body["messages"] = messages
-    return body
+        return parameters | {"prompt": texts[0]}
+    messages = []
+    if plan.system:
+        instruction = {"role": "system", "content": plan.system}
+        messages.append(instruction)
+    roles = ("user", "assistant", "user")
+    for role, text in zip(roles, texts, strict=False):
+        turn = {"role": role, "content": text}
+        messages.append(turn)
+    return parameters | {"messages": messages}
 
 
-def completion_key(
-    plan: SamplingConfig, step: int, texts: list[str], sample_index: int, k: int
-) -> str:
-    """Return 20 hex digits of all that is asked, for which sample, completion and step."""
+def completion_key(plan: SamplingConfig, step: int, texts: list[str], which: str) -> str:
+    """Return 20 hex digits of all that is asked; which: "SAMPLE COMPLETION"."""
     _, parameters = request_parameters(plan, step)
-    asked = "\0".join([parameters, *texts, f"{sample_index} {k} {step}"])
-    return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:20]
+    which_step = f"{which} {step}"
+    asked = "\0".join([parameters, *texts, which_step])
+    content = asked.encode("utf-8", "replace")
+    digest = hashlib.sha256(content)
+    return digest.hexdigest()[:20]
 
 
 def answer_texts(plan: SamplingConfig, prompt: str, rationale: str) -> list[str]:
     """Return the texts of Zero-shot-CoT's second step (paper §3): turns, or one prompt."""
+    trigger = tasks.ANSWER_TRIGGER
     if plan.api == "chat":
-        return [prompt, rationale, tasks.ANSWER_TRIGGER.strip()]
-    return [prompt + rationale + tasks.ANSWER_TRIGGER]
+        return [prompt, rationale, trigger.strip()]
+    return [prompt + rationale + trigger]
 
 
 def needs_answer_step(plan: SamplingConfig, row: JournalRow) -> bool:
@@ -101,8 +109,11 @@ def needs_answer_step(plan: SamplingConfig, row: JournalRow) -> bool:
 
     A reasoning model would think again for it, so what it has stated already is not asked for.
     """
-    is_whole = replies.has_ended(row["finish_reason"]) and bool((row["completion"] or "").strip())
-    return is_whole and not stated_answer(plan, row)
+    text = row["completion"] or ""
+    is_whole = replies.has_ended(row["finish_reason"])
+    if not is_whole or not text.strip():
+        return False
+    return not stated_answer(plan, row)
 
 
 def stated_answer(plan: SamplingConfig, row: JournalRow) -> str:
@@ -112,9 +123,12 @@ def stated_answer(plan: SamplingConfig, row: JournalRow) -> str:
     """
     if "reasoning" not in row or not plan.task:
         return ""
-    stated = after_announcement((row["completion"] or "")[-MAX_SCAN_CHARS:])
-    sentence = SENTENCE_END.split(stated.lstrip(), maxsplit=1)[0]
-    if tasks.find_task(plan.task).answer_type.flexible.candidates(sentence):
+    text = row["completion"] or ""
+    stated = after_announcement(text[-MAX_SCAN_CHARS:])
+    sentences = SENTENCE_END.split(stated.lstrip(), maxsplit=1)
+    task = tasks.find_task(plan.task)
+    rules = task.answer_type.flexible
+    if rules.candidates(sentences[0]):
         return stated
     return ""
 
@@ -122,20 +136,25 @@ def stated_answer(plan: SamplingConfig, row: JournalRow) -> str:
 @functools.lru_cache
 def first_prompt(plan: SamplingConfig, question: str) -> str:
     """Return the prompt of step 1; the completions of a sample share it."""
-    return format_prompt(plan, {"sample_index": 0, "question": question, "answer": ""})
+    sample = {"sample_index": 0, "question": question, "answer": ""}
+    return format_prompt(plan, sample)
 
 
 def list_steps(
     plan: SamplingConfig, rows: Rows, sample: tasks.Sample, k: int
 ) -> list[tuple[str, list[str]]]:
     """Return (key, texts) of the steps of completion k: of step 2 once rows hold its rationale."""
-    index = sample["sample_index"]
-    texts = [first_prompt(plan, sample["question"])]
-    steps = [(completion_key(plan, 1, texts, index, k), texts)]
-    first = rows.get(steps[0][0])
-    if plan.template == "zs_cot" and first and needs_answer_step(plan, first):
-        texts = answer_texts(plan, texts[0], first["completion"])
-        steps.append((completion_key(plan, 2, texts, index, k), texts))
+    which = f"{sample['sample_index']} {k}"
+    prompt = first_prompt(plan, sample["question"])
+    key = completion_key(plan, 1, [prompt], which)
+    steps = [(key, [prompt])]
+    first = rows.get(key)
+    if first is None or plan.template != "zs_cot":
+        return steps
+    if needs_answer_step(plan, first):
+        texts = answer_texts(plan, prompt, first["completion"])
+        key = completion_key(plan, 2, texts, which)
+        steps.append((key, texts))
     return steps
 
 
@@ -154,23 +173,36 @@ def next_requests(
         if len(steps) == 1:
             first_keys[k] = key
         else:
-            second_steps.append(Request(index, 2, {k: key}, request_body(plan, 2, texts)))
+            body = request_body(plan, 2, texts)
+            request = Request(index, 2, {k: key}, body)
+            second_steps.append(request)
     if not first_keys:
         return second_steps
-    body = request_body(plan, 1, [format_prompt(plan, sample)])
+    prompt = format_prompt(plan, sample)
+    body = request_body(plan, 1, [prompt])
     if len(first_keys) > 1:
         body["n"] = len(first_keys)
-    return [Request(index, 1, first_keys, body)]
+    request = Request(index, 1, first_keys, body)
+    return [request]
 
 
 def list_units(plan: SamplingConfig, samples: Samples) -> Iterator[Unit]:
     for sample in samples:
-        for k in range(0, plan.degree, plan.choices):
-            yield sample, range(k, min(k + plan.choices, plan.degree))
+        ks = range(plan.degree)
+        for start in ks[:: plan.choices]:
+            end = start + plan.choices
+            yield sample, ks[start:end]
 
 
 def token_upper_bound(body: dict[str, Any]) -> tuple[int, int]:
     """Return the most (prompt, completion) tokens of a request: one a byte, and 16 more a turn."""
-    texts = [turn["content"] for turn in body.get("messages", [])] or [body["prompt"]]
+    turns = body.get("messages")
+    if turns is None:
+        turns = [{"content": body["prompt"]}]
+    prompt_tokens = 0
+    for turn in turns:
+        text = turn["content"]
+        prompt_tokens += len(text.encode()) + 16
     limit = body.get("max_completion_tokens") or body["max_tokens"]
-    return sum(len(text.encode()) + 16 for text in texts), limit * body.get("n", 1)
+    choices = body.get("n", 1)
+    return prompt_tokens, limit * choices

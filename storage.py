@@ -14,15 +14,10 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, TypedDict
 
 AnyPath = str | Path
 JsonObject = dict[str, Any]
-
-
 ROOT = Path(__file__).resolve().parent  # the folder of the project
 
 
@@ -44,12 +39,14 @@ class Interrupted(UserError):
 def write_atomic(path: AnyPath, text: str | bytes) -> None:
     """Write a file whole or not at all, by a temporary one.  Raises OSError that names the path."""
     path = Path(path)
-    content = text.encode() if isinstance(text, str) else text
+    if isinstance(text, str):
+        text = text.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(".tmp", f".{path.name[:100]}.", path.parent)
+    prefix = f".{path.name[:100]}."
+    handle, temporary = tempfile.mkstemp(".tmp", prefix, path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
-            f.write(content)
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)
@@ -83,11 +80,11 @@ def read_text(path: AnyPath) -> str:
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
     """Build a JSON object; of a key that is in it twice, json would silently drop the first."""
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is there twice in an object")
+    value = {}
+    for key, member in pairs:
+        if key in value:
+            raise ValueError(f"the key {key[:80]!r} is there twice in an object")
+        value[key] = member
     return value
 
 
@@ -109,13 +106,19 @@ def read_json(path: AnyPath) -> JsonObject:
     value = parse_json(read_text(path), path)
     if isinstance(value, dict):
         return value
-    raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: mend or delete it")
+    kind = type(value).__name__
+    raise UserError(f"{path} holds a JSON {kind}, not an object: mend or delete it")
 
 
 def read_jsonl(path: AnyPath) -> list[Any]:
     r"""Return the values of a JSON-lines file.  Lines end at \n alone: strings may hold U+2028."""
-    lines = enumerate(read_text(path).split("\n"), 1)
-    return [parse_json(line, f"{path}, line {i}") for i, line in lines if line.strip()]
+    values = []
+    lines = read_text(path).split("\n")
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            value = parse_json(line, f"{path}, line {i}")
+            values.append(value)
+    return values
 
 
 def replace_lone_surrogates(text: str) -> str:
@@ -145,17 +148,21 @@ class Journal:
 
     def _read_rows(self) -> int:
         """Fill `rows`; return the size, in bytes, of the lines that are whole."""
+        import jiter  # json takes three times as long
+
         size = self.lock.seek(0)
-        name = str(self.path)
         for i, line in enumerate(self.lock, 1):
             if not line.endswith(b"\n"):
                 break
             size += len(line)
             if line.isspace():
                 continue
-            where = f"{name}, line {i}"
-            row = parse_json(line, where)
-            if not isinstance(row, dict) or not isinstance(row.get("key"), str | int):
+            try:
+                row = jiter.from_json(line, catch_duplicate_keys=True)
+            except ValueError:  # json takes halves of characters, and says what is wrong
+                row = parse_json(line, f"{self.path}, line {i}")
+            if not isinstance(row, dict) or not isinstance(row.get("key"), (str, int)):
+                where = f"{self.path}, line {i}"
                 raise UserError(f"{where} is not a row of a journal: mend or delete that line")
             self.rows.setdefault(row["key"], row)
         return size
@@ -166,20 +173,29 @@ class Journal:
 
     def add(self, rows: Iterable[JsonObject]) -> list[JsonObject]:
         """Take rows whose keys are new into `rows`; return these, for write()."""
-        return [row for row in rows if self.rows.setdefault(row["key"], row) is row]
+        new = []
+        for row in rows:
+            key = row["key"]
+            if key not in self.rows:
+                self.rows[key] = row
+                new.append(row)
+        return new
 
     def write(self, rows: list[JsonObject]) -> None:
         """Put rows that add() took on the disk; where it is full, forget them and raise OSError."""
         size = self.path.stat().st_size
+        lines = [json.dumps(row) + "\n" for row in rows]
+        text = "".join(lines)
         try:
             with open(self.path, "ab") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+                f.write(text.encode())
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:
             os.truncate(self.path, size)  # no half line stays
             for row in rows:
-                del self.rows[row["key"]]
+                key = row["key"]
+                del self.rows[key]
             raise OSError(e.errno, e.strerror, str(self.path)) from None
 
     def close(self) -> None:
@@ -189,8 +205,13 @@ class Journal:
 
 def journal_paths(path: AnyPath) -> dict[int, Path]:
     """Return {rank: path} of the journals beside a file that is not written yet."""
-    found = Path(path).parent.glob(f"{glob.escape(Path(path).name)}.journal-*")
-    return {int(journal.name.rpartition("-")[2]): journal for journal in found}
+    path = Path(path)
+    name = glob.escape(path.name)
+    found = {}
+    for journal in path.parent.glob(f"{name}.journal-*"):
+        rank = journal.name.rpartition("-")[2]
+        found[int(rank)] = journal
+    return found
 
 
 def remove_journals(path: AnyPath) -> None:
@@ -209,7 +230,8 @@ def safe_key(name: str) -> str:
     if not NAME.fullmatch(name):
         form = "letters, digits, '_', '-', '.' (120 at most, no '..', not an absolute path)"
         reason = f"it becomes part of a path, so use {form}"
-        raise UserError(f"{name[:80]!r} cannot be used as a name: {reason}")
+        shown = name[:80]
+        raise UserError(f"{shown!r} cannot be used as a name: {reason}")
     return name.replace("/", "_")
 
 
@@ -224,9 +246,11 @@ def model_key(name: str) -> str:
 
 def completion_path(saved: AnyPath, model: str, key: str, task: str, *parts: str) -> Path:
     """Return where the completions of a model are, prompted as `key` says, for a task."""
-    folder = f"B_{safe_key(model)}__C_{safe_key(key)}"
+    model = safe_key(model)
+    key = safe_key(key)
     name = "__".join([f"D_{task}", *parts])
-    return Path(saved) / "completion_data" / folder / f"{name}.json"
+    folder = Path(saved) / "completion_data" / f"B_{model}__C_{key}"
+    return folder / f"{name}.json"
 
 
 @contextlib.contextmanager
@@ -239,19 +263,20 @@ def file_lock(path: AnyPath, wanted: bool = True, timeout: float = 3.0) -> Itera
 
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_name(f".{path.name[:200]}.lock"), is_singleton=True)
+    lock_path = path.with_name(f".{path.name[:200]}.lock")
+    lock = filelock.FileLock(lock_path, is_singleton=True)
     try:
         lock.acquire(timeout)
     except filelock.Timeout:
-        raise UserError(
-            f"{path} is being written by another run: wait for it, stop it, or write elsewhere "
-            "(another --seed, --train_key, --out or --saved)"
-        ) from None
+        remedy = "wait for it, stop it, or write elsewhere"
+        flags = "another --seed, --train_key, --out or --saved"
+        what = f"{path} is being written by another run"
+        raise UserError(f"{what}: {remedy} ({flags})") from None
     try:
         yield
     finally:
         if lock.lock_counter == 1:  # still held: a process that waits for it will notice
-            Path(lock.lock_file).unlink(missing_ok=True)
+            lock_path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -264,13 +289,15 @@ UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, 
 
 def one_line(error: BaseException) -> str:
     """Return the beginning of an error's message."""
-    return " ".join(str(error).split())[:160]
+    words = str(error).split()
+    return " ".join(words)[:160]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an allocation failed, on a GPU or CPU."""
-    known = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the second is torch's
-    return known or "can't allocate memory" in str(error)  # its allocator for CPUs
+    kind = type(error).__name__
+    is_known = kind in ("MemoryError", "OutOfMemoryError")  # the second is torch's
+    return is_known or "can't allocate memory" in str(error)  # its allocator for CPUs
 
 
 @contextlib.contextmanager
@@ -292,11 +319,16 @@ def write_errors(path: AnyPath) -> contextlib.ExitStack:
     """
 
     def name_path(kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None:
+            return
+        message = str(error)
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-        is_known = error and kind.__name__ in ("Exception", "RuntimeError", "SafetensorError")
-        if is_known and WRITE_FAILURE.search(str(error)):
-            what = f"{path} could not be written ({str(error).splitlines()[0]})"
+            reason = error.strerror or message
+            raise OSError(error.errno, reason, str(path)) from None
+        is_known = kind.__name__ in ("Exception", "RuntimeError", "SafetensorError")
+        if is_known and WRITE_FAILURE.search(message):
+            first_line = message.splitlines()[0]
+            what = f"{path} could not be written ({first_line})"
             raise OSError(f"{what}: make room; what was there before is kept") from None
 
     stack = contextlib.ExitStack()
@@ -310,8 +342,9 @@ def corrupt_file_errors(path: AnyPath, remedy: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as e:
-        reason = f"{type(e).__name__} {' '.join(str(e).split())[:80]}"
-        what = f"is damaged, or not what it should be ({reason})"
+        kind = type(e).__name__
+        message = one_line(e)[:80]
+        what = f"is damaged, or not what it should be ({kind} {message})"
         raise UserError(f"{path} {what}: {remedy}") from None
 
 
@@ -319,7 +352,8 @@ def corrupt_file_errors(path: AnyPath, remedy: str) -> Iterator[None]:
 def fingerprint(value: Any) -> str:
     """Return 16 hex digits that change when the value does."""
     text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:16]
 
 
 def file_sha256(path: AnyPath) -> str:
@@ -343,7 +377,8 @@ def changed_settings(old: JsonObject, new: JsonObject, keys: Iterable[str]) -> s
     """Return 'lr 0.1 -> 0.2, samples (the benchmark's questions)', of the keys that differ."""
     changed = []
     for key in keys:
-        before, after = old.get(key), new.get(key)
+        before = old.get(key)
+        after = new.get(key)
         if before != after:
             change = f"{before} -> {after}"
             if key in HASHED:
@@ -358,14 +393,16 @@ def settings_match(stage: str, path: AnyPath, old: Any, new: JsonObject) -> bool
         print(f"{stage}: {path} is there, made with the same settings: skipped")
         return True
     if isinstance(old, dict):
-        changed = changed_settings(old, new, sorted({*old, *new}))
+        keys = sorted({*old, *new})
+        changed = changed_settings(old, new, keys)
         print(f"{stage}: settings changed ({changed}) since {path} was made")
     return False
 
 
 def check_settings(path: AnyPath, old: JsonObject, wanted: JsonObject) -> None:
     """Raise UserError where path was made with other settings than the wanted ones."""
-    if changed := changed_settings(old, wanted, wanted):
+    changed = changed_settings(old, wanted, wanted)
+    if changed:
         remedy = "make it again with --stage train, or give the flags that it was made with"
         raise UserError(f"{path} was made with other settings ({changed}): {remedy}")
 
@@ -402,8 +439,8 @@ def prepare_output_dir(out: Path, settings: JsonObject, redo: bool = False) -> s
             )
         move_to_backup(out)
     elif out.exists() and any(out.iterdir()):
-        message = f"{out} is not empty and holds no run of this program: choose another --out"
-        raise UserError(message)
+        what = "is not empty and holds no run of this program: choose another --out"
+        raise UserError(f"{out} {what}")
     write_json(note_path, {"finished": False, "settings": settings})
     return "new"
 
@@ -424,26 +461,47 @@ def read_finetune_data(path: AnyPath) -> FinetuneData:
     last is the label.  Without a sample_index samples are numbered.
     """
     if Path(path).suffix == ".jsonl":
-        rows = read_jsonl(path)
-        pairs = [prompt_and_label(row, path, i) for i, row in enumerate(rows, 1)]
-        data = {"input": [prompt for prompt, _ in pairs], "label": [label for _, label in pairs]}
-        if all("sample_index" in row for row in rows):
-            data["sample_index"] = [row["sample_index"] for row in rows]
+        data = read_finetune_lines(path)
     else:
         data = read_json(path)
-    if "sample_index" not in data and isinstance(data.get("input"), list):
-        data["sample_index"] = list(range(len(data["input"])))
-    for name, kind in (("sample_index", int), ("input", str), ("label", str)):
-        column = data.get(name)
-        valid = isinstance(column, list) and all(isinstance(x, kind) for x in column)
-        if not valid or len(column) != len(data["sample_index"]):
-            form = '{"sample_index": [...], "input": [texts], "label": [texts]} of equal length'
-            raise UserError(f"{path} is not a fine-tuning file, {form}")
-    if not data["input"]:
+    inputs = data.get("input")
+    if isinstance(inputs, list):
+        numbers = list(range(len(inputs)))
+        data.setdefault("sample_index", numbers)
+    types = {"sample_index": int, "input": str, "label": str}
+    columns = {name: data.get(name) for name in types}
+    values = columns.values()
+    are_lists = all(map(is_list_of, types.values(), values))
+    if not are_lists or len(set(map(len, values))) > 1:
+        form = '{"sample_index": [...], "input": [texts], "label": [texts]} of equal length'
+        raise UserError(f"{path} is not a fine-tuning file, {form}")
+    if not inputs:
         raise UserError(f"{path} holds no sample: there is nothing to train on")
     for name in ("input", "label"):
-        data[name] = list(map(replace_lone_surrogates, data[name]))
-    return FinetuneData(**{name: data[name] for name in FinetuneData.__annotations__})
+        texts = columns[name]
+        columns[name] = list(map(replace_lone_surrogates, texts))
+    return FinetuneData(**columns)
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(item, kind) for item in value)
+
+
+def read_finetune_lines(path: AnyPath) -> JsonObject:
+    """Return the columns of JSON lines of fine-tuning data."""
+    rows = read_jsonl(path)
+    prompts = []
+    labels = []
+    for i, row in enumerate(rows, 1):
+        prompt, label = prompt_and_label(row, path, i)
+        prompts.append(prompt)
+        labels.append(label)
+    data = {"input": prompts, "label": labels}
+    if all("sample_index" in row for row in rows):
+        data["sample_index"] = [row["sample_index"] for row in rows]
+    return data
 
 
 def prompt_and_label(row: Any, path: AnyPath, number: int) -> tuple[str, str]:
@@ -452,15 +510,26 @@ def prompt_and_label(row: Any, path: AnyPath, number: int) -> tuple[str, str]:
     {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]}
     -> ("2 + 3?\\n", "5")
     """
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        texts = [None if find_wrong_type(m, {"content": str}) else m for m in row["messages"]]
-        if len(texts) > 1 and None not in texts:
-            *prompt, label = [message["content"] for message in texts]
-            return "".join(f"{text}\n" for text in prompt), label
+    if not find_wrong_type(row, {"messages": list}):
+        texts = turn_texts(row["messages"])
+        if len(texts) > 1:
+            label = texts.pop()
+            lines = [f"{text}\n" for text in texts]
+            return "".join(lines), label
     elif not find_wrong_type(row, {"prompt": str, "completion": str}):
         return row["prompt"], row["completion"]
     form = '{"prompt": text, "completion": text} or {"messages": [{"role", "content"}, ...]}'
     raise UserError(f"{path} is not a fine-tuning file: row {number} needs {form}")
+
+
+def turn_texts(turns: list) -> list[str]:
+    """Return the texts of a chat; [] where a turn has none."""
+    texts = []
+    for turn in turns:
+        if find_wrong_type(turn, {"content": str}):
+            return []
+        texts.append(turn["content"])
+    return texts
 
 
 def find_wrong_type(value: Any, types: JsonObject) -> str | None:
@@ -468,7 +537,8 @@ def find_wrong_type(value: Any, types: JsonObject) -> str | None:
     if not isinstance(value, dict):
         return "not an object"
     for key, kind in types.items():
-        if isinstance(value.get(key), bool) or not isinstance(value.get(key), kind):
+        member = value.get(key)
+        if isinstance(member, bool) or not isinstance(member, kind):
             return key
     return None
 
@@ -476,11 +546,15 @@ def find_wrong_type(value: Any, types: JsonObject) -> str | None:
 def read_prompts(path: AnyPath, max_new_tokens: int) -> tuple[list, list[str], list[int]]:
     """Return (rows, prompts, token limits) of JSON lines {"prompt", "max_new_tokens"?}."""
     rows = read_jsonl(path)
+    prompts = []
     limits = []
     for i, row in enumerate(rows, 1):
+        limit = 0
         if not find_wrong_type(row, {"prompt": str}):
-            limits.append(row.get("max_new_tokens", max_new_tokens))
-        if len(limits) < i or type(limits[-1]) is not int or limits[-1] < 1:
+            limit = row.get("max_new_tokens", max_new_tokens)
+        if type(limit) is not int or limit <= 0:
             form = '{"prompt": "text"}, and max_new_tokens, if given, a number above 0'
             raise UserError(f"{path}, row {i}: it needs {form}")
-    return rows, [row["prompt"] for row in rows], limits
+        prompts.append(row["prompt"])
+        limits.append(limit)
+    return rows, prompts, limits

@@ -62,8 +62,10 @@ def find_task(key: str) -> Task:
     """Return the row of a task.  Raises UserError with the nearest known key."""
     if key in TASKS:
         return TASKS[key]
-    hint = did_you_mean(str(key), TASKS)
-    raise UserError(f"there is no task {str(key)[:80]!r}{hint}: choose from {', '.join(TASKS)}")
+    name = str(key)
+    hint = did_you_mean(name, TASKS)
+    known = ", ".join(TASKS)
+    raise UserError(f"there is no task {name[:80]!r}{hint}: choose from {known}")
 
 
 # ---------------- Prompt and label templates (paper §3 and the published code)
@@ -98,13 +100,15 @@ TEMPLATES = {  # prediction template: {family: (prompt, label)}
     "ft_cot_natural": {"decoder": ("Q: {q}\n\nA: Let's think step by step.\n\n",
                                    " {r}\n\nTherefore, the answer is {a}")},
 }  # fmt: skip
-LABEL_STYLES = [name[len("ft_cot_") :] for name in TEMPLATES if name.startswith("ft_cot_")]
+LABEL_STYLES = [name.removeprefix("ft_cot_") for name in TEMPLATES if "ft_cot_" in name]
 
 
 def answer_prefix(template: str) -> str | None:
     """Return what a label has between rationale and answer: ' {r} --> {a}' -> '-->'."""
-    _, label = next(iter(TEMPLATES[template].values()))
-    between = label.partition("{r}")[2].partition("{a}")[0]
+    families = TEMPLATES[template]
+    _, label = next(iter(families.values()))
+    behind = label.partition("{r}")[2]
+    between = behind.partition("{a}")[0]
     return between.strip() or None
 
 
@@ -115,7 +119,8 @@ ANSWER_PREFIXES |= {"fs_cot": STATED_ANSWER, "zs_cot_one_step": STATED_ANSWER}
 
 def template_fingerprint(template: str, family: str) -> str:
     """Return 16 hex digits that change with the words of a template."""
-    return storage.fingerprint([TEMPLATES[template].get(family), ANSWER_TRIGGER])
+    words = TEMPLATES[template].get(family)
+    return storage.fingerprint([words, ANSWER_TRIGGER])
 
 
 def format_sample(
@@ -131,13 +136,21 @@ def format_sample(
     ("ft_cot_token", "decoder", "2 + 3?", "It is 5.", "5") -> ("2 + 3? ###", " It is 5. --> 5")
     """
     if family not in TEMPLATES.get(template, {}):
-        known = ", ".join(name for name in TEMPLATES if family in TEMPLATES[name])
+        known = []
+        for name, families in TEMPLATES.items():
+            if family in families:
+                known.append(name)
+        choices = ", ".join(known)
         what = f"template {template!r} for {family} students"
-        raise UserError(f"there is no {what}: choose from {known}")
-    parts = {"q": question, "r": rationale, "a": answer, "examples": examples}
-    stripped = {name: part.strip() for name, part in parts.items()}
+        raise UserError(f"there is no {what}: choose from {choices}")
+    parts = {
+        "q": question.strip(),
+        "r": rationale.strip(),
+        "a": answer.strip(),
+        "examples": examples.strip(),
+    }
     prompt, label = TEMPLATES[template][family]
-    return prompt.format(**stripped), label.format(**stripped)
+    return prompt.format(**parts), label.format(**parts)
 
 
 class Sample(TypedDict):
@@ -149,16 +162,20 @@ class Sample(TypedDict):
 
 def encode_prompt(tokenizer: Any, family: str, prompt: str) -> list[int]:
     """Return the token ids of a prompt; for a decoder, which continues it, without a final EOS."""
-    ids = tokenizer(storage.replace_lone_surrogates(prompt))["input_ids"]
-    has_eos = bool(ids) and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if family == "decoder" and has_eos else ids
+    text = storage.replace_lone_surrogates(prompt)
+    ids = tokenizer(text)["input_ids"]
+    has_eos = ids[-1:] == [tokenizer.eos_token_id]
+    if family == "decoder" and has_eos:
+        return ids[:-1]
+    return ids
 
 
 def rationale_of(completion: Mapping[str, Any]) -> str:
     """Return the reasoning: step 1 of Zero-shot-CoT, or what precedes "The answer is"."""
     if "reasoning_completion" in completion:
         return completion["reasoning_completion"] or ""
-    return (completion["completion"] or "").rpartition(STATED_ANSWER)[0]
+    text = completion["completion"] or ""
+    return text.rpartition(STATED_ANSWER)[0]
 
 
 # ---------------- The verdict on one completion
@@ -172,7 +189,8 @@ def grade(
     rules: "paper": as published, quirks included; "flexible": as a careful person reads.  Raises
     UserError for what is unknown, or a gold answer that cannot be read.
     """
-    return make_grader(task, template, rules)(completion, answer)
+    grader = make_grader(task, template, rules)
+    return grader(completion, answer)
 
 
 def make_grader(task: str, template: str | None, rules: str = "paper") -> answers.Grader:
@@ -181,7 +199,8 @@ def make_grader(task: str, template: str | None, rules: str = "paper") -> answer
     if template not in ANSWER_PREFIXES:
         known = ", ".join(TEMPLATES)
         raise UserError(f"there is no prediction template {template!r}: choose from {known}")
-    return answers.make_grader(row.answer_type, ANSWER_PREFIXES[template], rules, row.key)
+    prefix = ANSWER_PREFIXES[template]
+    return answers.make_grader(row.answer_type, prefix, rules, row.key)
 
 
 judge = grade  # its name in other projects and earlier versions
@@ -208,6 +227,10 @@ def prepare_command(task: str, data_dir: AnyPath) -> str:
     return f"python data/prepare.py {task} --data {data_dir}"
 
 
+def dataset_path(task: str, data_dir: AnyPath) -> Path:
+    return Path(data_dir) / "dataset" / f"{task}.json"
+
+
 def load(task: str, data_dir: AnyPath = "data") -> list[Sample]:
     """Return the samples of a prepared benchmark, or of the toy task.
 
@@ -216,21 +239,24 @@ def load(task: str, data_dir: AnyPath = "data") -> list[Sample]:
     row = find_task(task)
     if row.key == "toy":
         return toy_samples(row.n)
-    path = Path(data_dir) / "dataset" / f"{row.key}.json"
-    remedy = f"make it with `{prepare_command(row.key, data_dir)}`"
+    path = dataset_path(task, data_dir)
+    remedy = f"make it with `{prepare_command(task, data_dir)}`"
     if not path.exists():
         raise UserError(f"{path.resolve()} is missing: {remedy}")
     remedy = f"mend it, or {remedy}"
     content = storage.read_json(path)
-    if storage.find_wrong_type(content, {"metadata": dict, "data": list}) or not content["data"]:
+    samples = content.get("data")
+    wrong = storage.find_wrong_type(content, {"metadata": dict, "data": list})
+    if wrong or not samples:
         form = '{"metadata": {...}, "data": [samples]}'
         raise UserError(f"{path} is not a dataset, {form}: {remedy}")
-    key = content["metadata"].get("dataset_key", row.key)
-    if key != row.key:
-        raise UserError(f"{path} holds the task {str(key)[:80]!r}, not {row.key!r}: {remedy}")
-    samples = content["data"]
+    key = content["metadata"].get("dataset_key", task)
+    if key != task:
+        shown = str(key)[:80]
+        raise UserError(f"{path} holds the task {shown!r}, not {task!r}: {remedy}")
     for i, sample in enumerate(samples):
-        if storage.find_wrong_type(sample, SAMPLE_TYPES) or sample["sample_index"] != i:
+        wrong = storage.find_wrong_type(sample, SAMPLE_TYPES)
+        if wrong or sample["sample_index"] != i:
             needs = f"sample_index {i}, a question and an answer"
             raise UserError(f"{path}: sample {i} needs {needs}: {remedy}")
     return samples
@@ -242,39 +268,55 @@ def default_split(task: str, n: int | None = None) -> Split:
 
     row = find_task(task)
     n = n or row.n
+    everything = list(range(n))
     if row.split == "ordered":
-        return list(range(row.train)), list(range(row.train, n))
+        train = everything[: row.train]
+        test = everything[row.train :]
+        return train, test
     shuffle = np.random.RandomState(0).permutation
     if row.split == "aqua":  # 10,000 of the 97,467 training samples, then all 254 test samples
         first_test = n - row.test
-        train = shuffle(first_test)[: row.train].tolist()
-        return sorted(train), list(range(first_test, n))
+        order = shuffle(first_test).tolist()
+        train = order[: row.train]
+        return sorted(train), everything[first_test:]
     order = shuffle(n).tolist()
     cut = round(0.7 * n)
-    return sorted(order[:cut]), sorted(order[cut:])
+    train = order[:cut]
+    test = order[cut:]
+    return sorted(train), sorted(test)
 
 
 def read_split(path: Path, row: Task) -> Split:
     """Return the split in a file.  Raises UserError where it is not a split of the task."""
     content = storage.read_json(path)
     if not storage.find_wrong_type(content, {"train": list, "test": list}):
-        indices = content["train"] + content["test"]
-        known = all(type(i) is int and 0 <= i < row.n for i in indices)
-        if known and content["train"] and content["test"] and len({*indices}) == len(indices):
-            return content["train"], content["test"]
+        train = content["train"]
+        test = content["test"]
+        if train and test and are_indices(train + test, row.n):
+            return train, test
     form = '{"train": [indices], "test": [indices]}'
     which = f"each index once and from 0 to {row.n - 1}"
     raise UserError(f"{path} is not a split of {row.key}: it needs {form}, {which}")
+
+
+def are_indices(values: list, n: int) -> bool:
+    """Tell whether values are different integers from 0 to n - 1."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < n:
+            return False
+    return len(set(values)) == len(values)
 
 
 def load_split(task: str, split: str = "default", data_dir: AnyPath = "data") -> Split:
     """Return a split: default, template, or with 8, 32 or 128 samples (paper §4): few_shot_32."""
     row = find_task(task)
     few_shot = re.fullmatch(r"few_shot_([1-9]\d{0,5})", split)
-    name = "default" if few_shot else storage.safe_key(split)
+    name = storage.safe_key(split)
+    if few_shot:
+        name = "default"
     path = Path(data_dir) / "split" / f"{row.key}__{name}.json"
-    if row.key == "toy" and name == "default":
-        train, test = default_split("toy")
+    if task == "toy" and name == "default":
+        train, test = default_split(task)
     elif path.exists():
         train, test = read_split(path, row)
     else:
@@ -288,18 +330,22 @@ def load_split(task: str, split: str = "default", data_dir: AnyPath = "data") ->
         import numpy as np
 
         order = np.random.RandomState(0).permutation(train)
-        train = sorted(order[: int(few_shot[1])].tolist())
+        count = int(few_shot[1])
+        train = sorted(order[:count].tolist())
     return train, test
 
 
 def split_off_validation(train: list[int], share: float, seed: int) -> Split:
     """Return (training indices without it, a random share of them for validation)."""
-    count = round(share * len(train))
-    if share and not 0 < count < len(train):
-        what = f"--validation {share} is a share of the training samples, {count} of {len(train)}"
+    total = len(train)
+    count = round(share * total)
+    if share and not 0 < count < total:
+        what = f"--validation {share} is a share of the training samples, {count} of {total}"
         raise UserError(f"{what}: both parts need some")
-    validation = random.Random(seed).sample(train, count)
-    return sorted({*train} - {*validation}), sorted(validation)
+    rng = random.Random(seed)
+    validation = rng.sample(train, count)
+    rest = set(train).difference(validation)
+    return sorted(rest), sorted(validation)
 
 
 def load_benchmark(
@@ -312,7 +358,8 @@ def load_benchmark(
     """Load a benchmark and a split; validation: share of the training part, drawn with seed."""
     train, test = load_split(task, split, data_dir)
     train, held_out = split_off_validation(train, validation, seed)
-    return Benchmark(task, load(task, data_dir), train, held_out, test)
+    samples = load(task, data_dir)
+    return Benchmark(task, samples, train, held_out, test)
 
 
 # ---------------- The toy task: made in memory (its teacher and student: data/toy.py)
@@ -331,9 +378,14 @@ def toy_samples(n: int, people: int = 5) -> list[Sample]:
     rng = random.Random(0)
     samples = []
     for i in range(n):
-        steps = [(name, rng.choice(("flips", "keeps"))) for name in rng.sample(NAMES, people)]
-        story = " ".join(f"{name} {verb} the coin." for name, verb in steps)
+        steps = []
+        for name in rng.sample(NAMES, people):
+            verb = rng.choice(["flips", "keeps"])
+            steps.append(f"{name} {verb} the coin.")
+        story = " ".join(steps)
         question = f"A coin is heads up. {story} Is the coin still heads up?"
-        answer = ("yes", "no")[story.count("flips") % 2]
-        samples.append(Sample(sample_index=i, question=question, answer=answer))
+        flips = story.count("flips")
+        answer = ["yes", "no"][flips % 2]
+        sample = Sample(sample_index=i, question=question, answer=answer)
+        samples.append(sample)
     return samples

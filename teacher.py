@@ -30,12 +30,7 @@ from api import (
     open_journal,
     sum_usage,
 )
-from completions import (
-    Completion,
-    SamplingConfig,
-    completions_match,
-    read_completions,
-)
+from completions import Completion, SamplingConfig, completions_match, read_completions
 from steps import (
     ENDPOINTS,
     Request,
@@ -59,11 +54,17 @@ CHAT_MAX_TOKENS = 1024  # new tokens of a rationale: 128, the paper's, cut most 
 
 def journal_rows(reply: replies.Reply, request: Request) -> list[JournalRow]:
     """Return a row a choice, no more than were asked for, and in the first one the usage."""
-    thinks = bool(reply.usage and reply.usage.get("reasoning_tokens"))
+    usage = reply.usage or {}
+    thinks = "reasoning_tokens" in usage
     rows = []
-    for (k, key), choice in zip(request.keys.items(), reply.choices, strict=False):
-        row = {"key": key, "sample_index": request.sample_index, "completion_index": k}
-        row |= {"step": request.step, "completion": choice.text}
+    for k, choice in zip(request.keys, reply.choices, strict=False):
+        row = {
+            "key": request.keys[k],
+            "sample_index": request.sample_index,
+            "completion_index": k,
+            "step": request.step,
+            "completion": choice.text,
+        }
         if choice.reasoning or thinks:
             row["reasoning"] = choice.reasoning or ""
         row["finish_reason"] = choice.finish_reason
@@ -79,21 +80,15 @@ def journal_rows(reply: replies.Reply, request: Request) -> list[JournalRow]:
 
 async def ask(session: ApiSession, plan: SamplingConfig, request: Request) -> None:
     """Ask for a request's completions: answers to the journal, a failure to the failures file."""
-    import httpx2
-
     prompt_tokens, completion_tokens = token_upper_bound(request.body)
     cost = session.api.dollars(prompt_tokens, completion_tokens)
 
     async def send() -> list[JournalRow]:
         """Send the request once and read its reply."""
-        response = await session.client.post(
-            ENDPOINTS[plan.api],
-            body=request.body,
-            cast_to=httpx2.Response,
-            options={"headers": {"X-Client-Request-Id": request.key}},
-        )
-        value = replies.parse_reply(response.content)
-        return journal_rows(replies.read_reply(value, plan.api, len(request.keys)), request)
+        content = await session.post(ENDPOINTS[plan.api], request.body, request.key)
+        value = replies.parse_reply(content)
+        reply = replies.read_reply(value, plan.api, len(request.keys))
+        return journal_rows(reply, request)
 
     tokens = prompt_tokens / 4 + completion_tokens
     try:
@@ -102,13 +97,14 @@ async def ask(session: ApiSession, plan: SamplingConfig, request: Request) -> No
         session.failed_keys.add(request.key)
         add_failure(session, request, e)
         return
-    rows[0] |= {"attempts": attempts, "unanswered": unanswered}
     session.requests += 1
-    if rows[0]["usage"]:
-        session.spent += session.api.dollars(**rows[0]["usage"])
+    first = rows[0]
+    first |= {"attempts": attempts, "unanswered": unanswered}
+    if first["usage"]:
+        session.spent += session.api.dollars(**first["usage"])
     elif cost:
         session.spent += cost
-        rows[0]["possible_cost"] = cost
+        first["possible_cost"] = cost
     watch_ends(session, plan, rows)
     await session.record(rows)
 
@@ -120,32 +116,38 @@ def watch_ends(session: ApiSession, plan: SamplingConfig, rows: list[JournalRow]
     """
     before = session.ends.total()
     for row in rows:
-        kind = replies.finish_kind(row["finish_reason"])
-        if any(stop in (row["completion"] or "") for stop in stop_strings(plan)):
+        reason = row["finish_reason"]
+        kind = replies.finish_kind(reason)
+        text = row["completion"] or ""
+        if any(stop in text for stop in stop_strings(plan)):
             kind = "stop"
         if kind == "unknown":
-            session.unknown_ends[row["finish_reason"]] += 1
-            if session.unknown_ends[row["finish_reason"]] == 1:
-                name = session.words(row["finish_reason"])
+            session.unknown_ends[reason] += 1
+            if session.unknown_ends[reason] == 1:
+                name = session.words(reason)
                 print(f"sample: finish_reason {name!r} is not known, and taken for an end")
         if row["step"] == 1:
             session.ends[kind] += 1
     total = session.ends.total()
-    if before < 10 <= total and session.ends["length"]:
-        print(describe_cuts(plan, session.ends["length"], total), file=sys.stderr, flush=True)
-    if plan.is_teacher and total >= 20 and session.ends["length"] == total:
+    cut = session.ends["length"]
+    if cut and before < 10 <= total:
+        print(describe_cuts(plan, cut, total), file=sys.stderr, flush=True)
+    if plan.is_teacher and cut == total >= 20:
         session.stop(f"all of the first {total} texts were cut: {limit_advice(plan)}")
 
 
 def describe_cuts(plan: SamplingConfig, cut: int, total: int) -> str:
     """Return how many texts were cut, with the flag that says where."""
-    limit = f"{plan.max_new_tokens} tokens ({limit_flag(plan)})"
-    return f"sample: {cut} of {total} texts were cut at {limit}"
+    limit = plan.max_new_tokens
+    flag = limit_flag(plan)
+    return f"sample: {cut} of {total} texts were cut at {limit} tokens ({flag})"
 
 
 def limit_flag(plan: SamplingConfig) -> str:
     """Return the flag that set the token limit."""
-    return "--teacher_max_new_tokens" if plan.is_teacher else "--max_new_tokens"
+    if plan.is_teacher:
+        return "--teacher_max_new_tokens"
+    return "--max_new_tokens"
 
 
 def limit_advice(plan: SamplingConfig) -> str:
@@ -166,13 +168,14 @@ def add_failure(session: ApiSession, request: Request, error: Exception) -> None
 
 async def worker(session: ApiSession, plan: SamplingConfig, units: Iterator[Unit]) -> None:
     """Take units from the iterator that all workers share; ask until only failures are missing."""
+    rows = session.journal.rows
     with contextlib.suppress(RunStopped):
         for sample, ks in units:
-            requests = next_requests(plan, session.journal.rows, sample, ks)
+            requests = next_requests(plan, rows, sample, ks)
             while requests:
                 for request in requests:
                     await ask(session, plan, request)
-                requests = next_requests(plan, session.journal.rows, sample, ks)
+                requests = next_requests(plan, rows, sample, ks)
                 requests = [r for r in requests if r.key not in session.failed_keys]
 
 
@@ -185,12 +188,14 @@ async def ask_for_missing(session: ApiSession, plan: SamplingConfig, samples: Sa
     text = f"sample: {found} of {total} completions are in {session.journal.path}"
     if todo:
         text += f"; asking {plan.model} for the rest"
+        session.connect()
     print(text, flush=True)
     units = iter(todo)
     count = min(session.api.concurrency, len(todo))
     reporter = asyncio.create_task(report_progress(session))
+    workers = [worker(session, plan, units) for _ in range(count)]
     try:
-        await session.run(asyncio.gather(*(worker(session, plan, units) for _ in range(count))))
+        await session.run(asyncio.gather(*workers))
     finally:
         reporter.cancel()
 
@@ -241,8 +246,9 @@ def make_dataset(plan: SamplingConfig, samples: Samples, rows: Rows) -> Dataset:
                 missing += 1
                 continue
             used += steps
-            completions = data.setdefault(str(sample["sample_index"]), [])
-            completions.append(make_completion(plan, sample, k, steps))
+            name = str(sample["sample_index"])
+            completion = make_completion(plan, sample, k, steps)
+            data.setdefault(name, []).append(completion)
     return Dataset(data, used, missing)
 
 
@@ -264,18 +270,21 @@ def make_completion(
     row |= {"question": sample["question"], "answer": sample["answer"], **first}
     if plan.template == "zs_cot":
         row |= {f"reasoning_{name}": value for name, value in first.items()}
-        row |= {"prompt": answer_texts(plan, prompt, text)[-1]}
-        row |= {"completion": "", "finish_reason": None}
-        if stated := stated_answer(plan, steps[0]):
-            row |= {"completion": stated, "finish_reason": first["finish_reason"]}
+        row["prompt"] = answer_texts(plan, prompt, text)[-1]
+        row["completion"] = stated_answer(plan, steps[0])
+        row["finish_reason"] = None
+        if row["completion"]:
+            row["finish_reason"] = first["finish_reason"]
     for second in steps[1:]:
         answer = read_row(second)
-        row |= {"completion": answer["completion"], "finish_reason": answer["finish_reason"]}
+        row["completion"] = answer["completion"]
+        row["finish_reason"] = answer["finish_reason"]
     if reasoning:
         row["reasoning"] = reasoning
-    row |= {"api": plan.api, "model": steps[-1]["model"]}
-    if "refusal" in steps[-1]:
-        row["refusal"] = steps[-1]["refusal"]
+    last = steps[-1]
+    row |= {"api": plan.api, "model": last["model"]}
+    if "refusal" in last:
+        row["refusal"] = last["refusal"]
     return row
 
 
@@ -296,10 +305,10 @@ def publish(path: Path, metadata: dict, dataset: Dataset, samples: Samples) -> P
     settings = metadata["settings"] | {"missing": dataset.missing}
     metadata = metadata | {"settings": settings, "usage": sum_usage(dataset.rows)}
     storage.write_json(path, {"metadata": metadata, "data": dataset.data})
-    missing = ""
+    text = f"sample: {len(samples)} questions x {settings['degree']}"
     if dataset.missing:
-        missing = f", {dataset.missing} completions missing"
-    print(f"sample: {len(samples)} questions x {settings['degree']}{missing} -> {path}")
+        text += f", {dataset.missing} completions missing"
+    print(f"{text} -> {path}")
     return path
 
 
@@ -309,17 +318,22 @@ def print_summary(
     """Print what a run did, how much is correct so far, and a warning where nothing is random."""
     text = describe_progress(session)
     grade = tasks.make_grader(task, plan.template, rules)
-    rows = [row for completions in dataset.data.values() for row in completions]
-    correct = sum(grade(row["completion"], row["answer"]).correct for row in rows)
+    rows = []
+    for completions in dataset.data.values():
+        rows += completions
+    grades = [grade(row["completion"], row["answer"]) for row in rows]
+    correct = sum(each.correct for each in grades)
     if rows:
         share = 100 * correct / len(rows)
         text += f"; {share:.1f}% of {len(rows)} are correct so far ({rules} rules)"
     print(text)
     cut = sum(is_cut(row) for row in rows)
     if cut:
-        print(f"{describe_cuts(plan, cut, len(rows))}: {limit_advice(plan)}")
-    for name, count in session.unknown_ends.items():
-        print(f"sample: {count} texts ended with {session.words(name)!r}, taken for an end")
+        text = describe_cuts(plan, cut, len(rows))
+        print(f"{text}: {limit_advice(plan)}")
+    for reason, count in session.unknown_ends.items():
+        name = session.words(reason)
+        print(f"sample: {count} texts ended with {name!r}, taken for an end")
     groups = [completions for completions in dataset.data.values() if len(completions) > 1]
     identical = sum(is_repetition(completions) for completions in groups)
     if identical and plan.temperature != 0:
@@ -332,7 +346,8 @@ def print_summary(
 
 def is_cut(row: Completion) -> bool:
     """Tell whether the token limit cut the rationale."""
-    return row.get("reasoning_finish_reason", row["finish_reason"]) == "length"
+    reason = row.get("reasoning_finish_reason", row["finish_reason"])
+    return reason == "length"
 
 
 def is_repetition(completions: list[Completion]) -> bool:
@@ -394,11 +409,15 @@ def journal_begins_with(path: Path, plan: SamplingConfig, samples: Samples) -> b
         first = f.readline()
     try:
         row = storage.parse_json(first, path)
-        asked = [sample for sample in samples if sample["sample_index"] == row["sample_index"]]
-        k = row["completion_index"]
-        return any(row["key"] == list_steps(plan, {}, sample, k)[0][0] for sample in asked)
+        index = row["sample_index"]
+        for sample in samples:
+            if sample["sample_index"] == index:
+                steps = list_steps(plan, {}, sample, row["completion_index"])
+                key, _ = steps[0]
+                return key == row["key"]
     except (LookupError, TypeError, UserError):  # open_journal says what is wrong with it
-        return False
+        pass
+    return False
 
 
 def with_settings(metadata: dict, plan: SamplingConfig, samples: Samples) -> dict:
@@ -430,11 +449,11 @@ def sample_remote(
     metadata = with_settings(metadata, plan, samples)
     if is_finished(path, metadata):
         return path
-    return sample_missing(api, plan, path, metadata, samples, rules)
+    return sample_missing(path, metadata, plan, samples, api, rules)
 
 
 def sample_missing(
-    api: ApiConfig, plan: SamplingConfig, path: Path, metadata: dict, samples: Samples, rules: str
+    path: Path, metadata: dict, plan: SamplingConfig, samples: Samples, api: ApiConfig, rules: str
 ) -> Path:
     """Write a completion file from the journal and from what is asked for now.
 
@@ -449,7 +468,8 @@ def sample_missing(
     found = f"{total - dataset.missing} of {total} completions are there"
     session.raise_stop_reason(f" ({found}, in {session.journal.path})")
     if dataset.missing:
-        failed = f"{len(session.failed_keys)} requests failed ({session.failures.path} says why)"
+        count = len(session.failed_keys)
+        failed = f"{count} requests failed ({session.failures.path} says why)"
         raise UserError(
             f"{dataset.missing} of {total} completions are missing, {failed}: start the same "
             "command again to ask for them, or continue without them from --stage curate"
@@ -480,16 +500,19 @@ def publish_partial(path: Path, metadata: dict, plan: SamplingConfig, samples: S
     old = {"missing": True}
     if path.exists():
         old = read_completions(path, metadata["dataset_key"])[0].get("settings", {})
-    is_partial = old.get("missing") or old.get("degree", plan.degree) < plan.degree
+    degree = old.get("degree", plan.degree)
+    is_partial = old.get("missing") or degree < plan.degree
     if not is_partial or not journal_path.exists():
         return
-    dataset = make_dataset(plan, samples, read_journal(journal_path))
+    rows = read_journal(journal_path)
+    dataset = make_dataset(plan, samples, rows)
     if not dataset.data:
         raise UserError(
             f"{journal_path} holds no completion that was asked for with these flags: use those of "
             "--stage sample"
         )
-    publish(path, with_settings(metadata, plan, samples), dataset, samples)
+    metadata = with_settings(metadata, plan, samples)
+    publish(path, metadata, dataset, samples)
 
 
 def read_journal(path: Path) -> Rows:

@@ -44,7 +44,8 @@ def one_of(choices: Sequence[str]) -> Callable[[str], str]:
         if text in choices:
             return text
         known = ", ".join(choices)
-        raise ArgumentTypeError(f"no {text!r}{did_you_mean(text, choices)}: choose from {known}")
+        hint = did_you_mean(text, choices)
+        raise ArgumentTypeError(f"no {text!r}{hint}: choose from {known}")
 
     return name
 
@@ -66,6 +67,7 @@ class Parser(argparse.ArgumentParser):
         self.show_all = show_all
         self.flags: list[str] = []
         self.lists: list[str] = []  # flags that take several values
+        self.other_names: dict[str, str] = {}  # of flags, in other programs
         self.add_argument("--help-all", action="help", help="show all flags")
 
     def group(self, title: str) -> Callable:
@@ -82,7 +84,8 @@ class Parser(argparse.ArgumentParser):
             self.flags += names
             if options.get("nargs") == "+":
                 self.lists += names
-            if names[0].removeprefix("--") not in self.basic and not self.show_all:
+            is_basic = names[0].removeprefix("--") in self.basic
+            if not is_basic and not self.show_all:
                 options["help"] = SUPPRESS
             group.add_argument(*names, **options)
 
@@ -90,12 +93,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> Namespace:
         """Parse a command line; a wrong flag ends it with the nearest right one."""
-        args, unknown = self.parse_known_args(self.split_lists(argv))
+        words = self.split_lists(argv)
+        args, unknown = self.parse_known_args(words)
         if unknown:
-            wrong = [word for word in unknown if word.startswith("-")] or unknown
-            hints = [word + did_you_mean(word.partition("=")[0], self.flags) for word in wrong]
-            self.error(f"unrecognized arguments: {' '.join(hints)}; --help-all shows all flags")
+            flags = [word for word in unknown if word.startswith("-")]
+            hints = " ".join(map(self.with_hint, flags or unknown))
+            self.error(f"unrecognized arguments: {hints}; --help-all shows all flags")
         return args
+
+    def with_hint(self, word: str) -> str:
+        """'--degre' -> '--degre (did you mean --degree?)'"""
+        name = word.partition("=")[0]
+        if name in self.other_names:
+            return f"{word} (did you mean {self.other_names[name]}?)"
+        return word + did_you_mean(name, self.flags)
 
     def split_lists(self, argv: Sequence[str]) -> list[str]:
         """['--degree', '1,2', '--seed=0,1'] -> ['--degree', '1', '2', '--seed', '0', '1']"""
@@ -143,7 +154,8 @@ def error_exits() -> Iterator[None]:
 
 def end_quietly() -> None:
     """End as a program does whose reader, `| head`, has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # for what is still buffered
     sys.exit(128 + signal.SIGPIPE)
 
 
@@ -201,6 +213,7 @@ def progress(items: Iterable, description: str, show: bool = True, total: int = 
         now = time.monotonic()
         if show and now - printed > 10:
             printed = now
-            done = f"{i} of {total or len(items)}, {now - start:.0f} s"
+            seconds = now - start
+            done = f"{i} of {total or len(items)}, {seconds:.0f} s"
             print(f"{description}: {done}", file=sys.stderr, flush=True)
         yield item

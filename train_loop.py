@@ -22,7 +22,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,7 @@ class TrainConfig:
     keep: int = 1  # checkpoints kept, the newest
     log_every: int = 0  # steps between printed lines; 0: a line an epoch
     plain: bool = False  # only what this file shows, nothing of extras/
+    cuda_graphs: bool = False  # on one GPU, extras/gpu_step.py takes the steps
 
 
 OUT_OF_MEMORY_ADVICE = (
@@ -178,7 +179,9 @@ def prepare_training(
         matmul_precision = "medium" if ranks.device.type == "cpu" else "high"
     torch.set_float32_matmul_precision(matmul_precision)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        old_name = model.gradient_checkpointing_enable  # the one of transformers 5.17
+        enable = getattr(model, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": False})
     if config.compile:
         model.compile(dynamic=True)
     parallel = model
@@ -187,6 +190,7 @@ def prepare_training(
 
         parallel = shard(model, config.shard, config.precision, ranks)
     elif ranks.world_size > 1:
+        # static_graph fails an assertion inside DDP (torch 2.13), packed or padded
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     options = {"lr": config.lr, "betas": (0.9, 0.999), "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
@@ -241,11 +245,42 @@ def training_mode(setup: TrainSetup) -> Iterator[None]:
 
 def open_fast_paths(setup: TrainSetup) -> contextlib.AbstractContextManager:
     """Return the patches that train faster on the device and change nothing but rounding."""
-    if setup.ranks.device.type == "cpu":
-        from extras.cpu_training import cpu_training_patches as patches
-    else:
+    if has_gpu(setup):
         from extras.gpu_training import gpu_training_patches as patches
+    else:
+        from extras.cpu_training import cpu_training_patches as patches
     return patches(setup)
+
+
+def has_gpu(setup: TrainSetup) -> bool:
+    return setup.ranks.device.type != "cpu"
+
+
+def open_static_step(setup: TrainSetup) -> Any:
+    """Return a gpu_step.StaticStep, which never waits for a GPU, or None without --cuda_graphs."""
+    if setup.config.cuda_graphs and has_gpu(setup) and not setup.config.plain:
+        from extras import gpu_step
+
+        if gpu_step.is_supported(setup):
+            return gpu_step.StaticStep(setup)
+    return None
+
+
+# (batch, step, learning rate, asked to stop) -> (rows of log.jsonl, whether to stop)
+TakeStep = Callable[[Samples, int, float, bool], tuple[Iterable[Row], bool]]
+
+
+def choose_step(setup: TrainSetup) -> TakeStep:
+    """Return what takes a step, optimizer_step but for --cuda_graphs."""
+    static_step = open_static_step(setup)
+    if static_step:
+        return static_step.take
+
+    def take_step(batch: Samples, step: int, lr: float, stop: bool) -> tuple[list[Row], bool]:
+        figures, stop = optimizer_step(setup, batch, step, lr, stop)
+        return [figures], stop
+
+    return take_step
 
 
 def optimizer_step(
@@ -277,15 +312,19 @@ def optimizer_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    figures = {
+    return step_figures(batch, loss, lr, grad_norm, int(size)), bool(stop)
+
+
+def step_figures(batch: Samples, loss: float, lr: float, grad_norm: float | None, size: int) -> Row:
+    """Return what log.jsonl says of a step."""
+    return {
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
         "label_tokens": count_label_tokens(batch),
         "tokens": sum(sample.length for sample in batch),
-        "size": int(size),
+        "size": size,
     }
-    return figures, bool(stop)
 
 
 def accumulate_gradients(setup: TrainSetup, batch: Samples, step: int, stop: bool) -> Tensor:
@@ -300,9 +339,7 @@ def accumulate_gradients(setup: TrainSetup, batch: Samples, step: int, stop: boo
     groups = setup.micro_batches(batch)
     totals = torch.tensor([0, 0, stop], dtype=torch.float64, device=device)
     for group in range(rank, len(groups), world_size):
-        # A seed of its own: a resumed run draws the same dropout masks, and so do one rank with
-        # two micro-batches and two ranks with one.
-        torch.manual_seed((setup.config.seed * 1_000_003 + step) * 1009 + group)
+        seed_dropout(setup.config, step, group)
         is_last = group + world_size >= len(groups)  # gradients are exchanged once a step
         if setup.config.shard != "no":
             setup.parallel.set_requires_gradient_sync(is_last)
@@ -319,6 +356,14 @@ def accumulate_gradients(setup: TrainSetup, batch: Samples, step: int, stop: boo
     if world_size > 1:
         dist.all_reduce(totals)
     return totals
+
+
+def seed_dropout(config: TrainConfig, step: int, group: int) -> None:
+    """Seed a micro-batch by itself: a resumed run draws the same dropout masks.
+
+    And so do one rank with two micro-batches and two ranks with one.
+    """
+    torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + group)
 
 
 def count_label_tokens(batch: Samples) -> int:
@@ -375,6 +420,7 @@ def train(
     step = checkpoints.load_checkpoint(out, setup.state, ranks)
     rows = checkpoints.start_log(out, step, ranks, settings, arguments)  # one for every step so far
     print0(ranks, describe_run(setup, step))
+    take_step = choose_step(setup)
     if step and step % setup.steps_per_epoch == 0:
         yield step // setup.steps_per_epoch
     stop_asked = threading.Event()
@@ -383,7 +429,7 @@ def train(
         first = len(rows)
         with checkpoints.open_log(out, ranks) as log:
             with training_mode(setup), set_on_sigterm(stop_asked):
-                step, stop = train_epoch(setup, epoch, step, rows, log, out, stop_asked)
+                step, stop = train_epoch(setup, take_step, epoch, step, rows, log, out, stop_asked)
             seconds = time.perf_counter() - start
             if step % setup.steps_per_epoch == 0:
                 log(checkpoints.epoch_row(epoch, rows, seconds, ranks.device))
@@ -392,6 +438,7 @@ def train(
         elif stop or config.checkpoint_every and epoch % config.checkpoint_every == 0:
             checkpoints.save_checkpoint(out, setup.state, step, config.keep, ranks)
         print0(ranks, describe_steps(rows[first:], config.epochs, setup.max_steps + later, seconds))
+        rows.clear()  # log.jsonl has them
         if ranks.world_size > 1:
             dist.barrier()  # what rank 0 wrote, all may read from here on
         if stop and step < setup.max_steps:
@@ -402,6 +449,7 @@ def train(
 
 def train_epoch(
     setup: TrainSetup,
+    take_step: TakeStep,
     epoch: int,
     step: int,
     rows: Rows,
@@ -421,9 +469,10 @@ def train_epoch(
         batch = [setup.samples[i] for i in indices]
         lr = learning_rate(step, setup.max_steps, config)
         with out_of_memory_hint(f" at step {step}{OUT_OF_MEMORY_ADVICE}"):
-            figures, stop = optimizer_step(setup, batch, step, lr, stop_asked.is_set())
-        rows.append({"step": step, "epoch": epoch, **figures})
-        log(rows[-1])
+            told, stop = take_step(batch, step, lr, stop_asked.is_set())
+        for figures in told:  # of this step; with --cuda_graphs of none, or of those before it too
+            rows.append({"step": step, "epoch": epoch, **figures})
+            log(rows[-1])
         if config.log_every and step % config.log_every == 0:
             seconds = time.perf_counter() - printed
             print0(ranks, describe_steps(rows[first:], config.epochs, setup.max_steps, seconds))

@@ -39,7 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOST = "https://raw.githubusercontent.com/"
 TIMEOUT = 30  # seconds without a byte until a download is given up
 LETTERS = "ABCDEFGHIJ"
+PARTS = ("question", "answer", "rationale")  # of a sample; few benchmarks have the last
 Row = dict[str, Any]  # of a raw file
+Converted = tuple[str, ...]  # the PARTS that a benchmark has
 
 
 # ---------------- Reading: text of a raw file -> rows
@@ -65,7 +67,8 @@ def shuffled_dates(text: str) -> list[Row]:
     for row in examples(text):
         scores = row["target_scores"]
         places = state.permutation(len(scores)).tolist()
-        shuffled = dict(item for _, item in sorted(zip(places, scores.items(), strict=True)))
+        placed = sorted(zip(places, scores.items(), strict=True))
+        shuffled = dict(item for _, item in placed)
         rows.append({"input": row["input"].strip(), "target_scores": shuffled})
     return rows
 
@@ -73,40 +76,49 @@ def shuffled_dates(text: str) -> list[Row]:
 # ---------------- Converting: row -> (question, answer) or (question, answer, rationale)
 def with_choices(question: str, choices: list[str]) -> str:
     """('Which?', ['red', ' blue']) -> 'Which? Answer choices: (A) red, (B) blue.'"""
-    lettered = [f"({x}) {choice.strip()}" for x, choice in zip(LETTERS, choices, strict=False)]
-    return f"{question} Answer choices: {', '.join(lettered)}."
+    lettered = []
+    for letter, choice in zip(LETTERS, choices, strict=False):
+        lettered.append(f"({letter}) {choice.strip()}")
+    listed = ", ".join(lettered)
+    return f"{question} Answer choices: {listed}."
 
 
-def word_problem(row: Row) -> tuple[str, ...]:
+def word_problem(row: Row) -> Converted:
     """SingleEq and AddSub: the answer is a float, 43.0."""
     return row["sQuestion"].strip(), str(row["lSolutions"][0])
 
 
-def aqua(row: Row) -> tuple[str, ...]:
+def aqua(row: Row) -> Converted:
     """An option is 'A)125'."""
-    question = with_choices(row["question"].strip(), [option[2:] for option in row["options"]])
+    choices = [option[2:] for option in row["options"]]
+    question = with_choices(row["question"].strip(), choices)
     return question, row["correct"], row["rationale"].strip()
 
 
-def svamp(row: Row) -> tuple[str, ...]:
+def svamp(row: Row) -> Converted:
     """The question has two parts."""
-    return f"{row['Body'].strip()} {row['Question'].strip()}", str(row["Answer"])
+    question = f"{row['Body'].strip()} {row['Question'].strip()}"
+    return question, str(row["Answer"])
 
 
-def commonsense_qa(row: Row) -> tuple[str, ...]:
+def commonsense_qa(row: Row) -> Converted:
     """A choice is {"label": "A", "text": "bank"}."""
-    choices = [choice["text"] for choice in row["question"]["choices"]]
-    return with_choices(row["question"]["stem"], choices), row["answerKey"]
+    question = row["question"]
+    choices = [choice["text"] for choice in question["choices"]]
+    return with_choices(question["stem"], choices), row["answerKey"]
 
 
-def which_is_true(row: Row) -> tuple[str, ...]:
+def which_is_true(row: Row) -> Converted:
     """The right choice has score 1; each loses one full stop at its end."""
-    choices = [choice.removesuffix(".") for choice in row["target_scores"]]
-    question = with_choices(row["input"] + "\nWhich choice is true?", choices)
-    return question, LETTERS[list(row["target_scores"].values()).index(1)]
+    scores = row["target_scores"]
+    choices = [choice.removesuffix(".") for choice in scores]
+    asked = row["input"] + "\nWhich choice is true?"
+    question = with_choices(asked, choices)
+    right = list(scores.values()).index(1)
+    return question, LETTERS[right]
 
 
-def strategy_qa(row: Row) -> tuple[str, ...]:
+def strategy_qa(row: Row) -> Converted:
     """The target is answer and rationale: 'No. It was ...'"""
     _, rationale = row["target"].split(". ", 1)
     answer = "No"
@@ -124,7 +136,7 @@ class File(NamedTuple):  # known by its SHA-256, or else by its number of lines
 
 class Recipe(NamedTuple):  # samples are numbered through the raw files in order
     read: Callable[[str], list[Row]]
-    convert: Callable[[Row], tuple[str, ...]]
+    convert: Callable[[Row], Converted]
     sha256: str | None  # of dataset/<task>.json
     raw: list[File]
     template: File | None = None  # the template split
@@ -214,20 +226,22 @@ RECIPES = {
 # ---------------- Files: raw ones come from the mirror, OUT/raw or the network; all are verified
 def defect(file: File, content: bytes) -> str | None:
     """Return what is wrong with the content of a file, in words; None if it is right."""
-    if file.lines is not None:
-        lines = sum(1 for line in content.split(b"\n") if line.strip())
-        if lines != file.lines:
-            return f"has {lines} lines instead of {file.lines}"
+    if file.lines is None:
+        found = hashlib.sha256(content).hexdigest()
+        if found != file.sha256:
+            return f"has SHA-256 {found} instead of {file.sha256}"
         return None
-    found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
-        return f"has SHA-256 {found} instead of {file.sha256}"
+    filled = [line for line in content.split(b"\n") if line.strip()]
+    lines = len(filled)
+    if lines != file.lines:
+        return f"has {lines} lines instead of {file.lines}"
     return None
 
 
 def open_url(url: str, start: int) -> Any:
     """Return the response that gives url from byte `start` on; nothing else touches the network."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
+    headers = {"Range": f"bytes={start}-"}
+    request = urllib.request.Request(url, headers=headers)
     return urllib.request.urlopen(request, timeout=TIMEOUT)
 
 
@@ -251,8 +265,9 @@ def receive(url: str, part: Path) -> None:
             while chunk := response.read(1 << 16):
                 f.write(chunk)
                 bar.update(len(chunk))
-        if f.tell() < total:
-            raise ConnectionError(f"{total - f.tell()} bytes are missing")
+        missing = total - f.tell()
+        if missing > 0:
+            raise ConnectionError(f"{missing} bytes are missing")
 
 
 def download(raw: File, path: Path) -> None:
@@ -319,14 +334,16 @@ def build(key: str, recipe: Recipe, mirror: Path | None, out: Path) -> bytes:
         content = raw_content(raw, mirror, out)
         try:
             for row in recipe.read(content.decode()):
-                sample = zip(("question", "answer", "rationale"), recipe.convert(row), strict=False)
-                data.append({"sample_index": len(data), **dict(sample)})
+                sample = {"sample_index": len(data)}
+                sample |= zip(PARTS, recipe.convert(row), strict=False)
+                data.append(sample)
         except storage.UNREADABLE as e:  # only where no sum of the raw file is known
             raise UserError(
                 f"{raw.path} is not in the original's format ({type(e).__name__}: {e}): replace it "
                 f"by {HOST}{raw.path}"
             ) from None
-    return json.dumps({"metadata": {"dataset_key": key}, "data": data}, indent=4).encode()
+    dataset = {"metadata": {"dataset_key": key}, "data": data}
+    return json.dumps(dataset, indent=4).encode()
 
 
 def put_split(key: str, n: int, out: Path) -> tuple[bool, str]:
@@ -336,15 +353,20 @@ def put_split(key: str, n: int, out: Path) -> tuple[bool, str]:
     """
     row = tasks.find_task(key)
     train, test = tasks.default_split(key, n)
-    sizes = (n, len(train), len(test))
-    if sizes != (row.n, row.train, row.test) or not train or not test:
+    n_train = len(train)
+    n_test = len(test)
+    sizes = (n, n_train, n_test)
+    if sizes != (row.n, row.train, row.test) or 0 in sizes:
         raise UserError(
-            f"dataset/{key}.json has {n} samples, {len(train)} to train and {len(test)} to test, "
+            f"dataset/{key}.json has {n} samples, {n_train} to train and {n_test} to test, "
             f"but its row of TASKS says {row.n}, {row.train} and {row.test}: change either"
         )
-    content = json.dumps({"train": train, "test": test}).encode()
-    file = File(f"split/{key}__default.json", hashlib.sha256(content).hexdigest())
-    return put(file, out, lambda: content), f"train {len(train)} / test {len(test)}"
+    split = json.dumps({"train": train, "test": test})
+    content = split.encode()
+    sha256 = hashlib.sha256(content).hexdigest()
+    file = File(f"split/{key}__default.json", sha256)
+    is_written = put(file, out, lambda: content)
+    return is_written, f"train {n_train} / test {n_test}"
 
 
 def count_samples(key: str, out: Path) -> int:
@@ -352,7 +374,7 @@ def count_samples(key: str, out: Path) -> int:
 
     Raises UserError where there is no such file or it is not in the form of data/README.md.
     """
-    path = out / "dataset" / f"{key}.json"
+    path = tasks.dataset_path(key, out)
     if not path.is_file():
         raise UserError(
             f"{path} is missing and no source of {key} is known: put it there in the form of "
@@ -381,7 +403,8 @@ def prepare(key: str, mirror: Path | None, out: Path) -> str:
             copies[f"split/{key}__template.json"] = recipe.template
         for path, raw in copies.items():
             make = functools.partial(raw_content, raw, mirror, out)
-            written.append(put(raw._replace(path=path), out, make))
+            copy = raw._replace(path=path)
+            written.append(put(copy, out, make))
     else:  # of a benchmark that the user added
         n = count_samples(key, out)
         written = []
@@ -451,10 +474,11 @@ def import_completions(archive: Path, saved: Path) -> Iterator[str]:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".import-") as temporary:
                 for name, member in members.items():
-                    tar.extract(member.replace(name=name), temporary, filter="data")
+                    renamed = member.replace(name=name)
+                    tar.extract(renamed, temporary, filter="data")
                     yield take_file(Path(temporary) / name, folder / name)
     except (UserError, tarfile.TarError, zlib.error, OverflowError, *storage.UNREADABLE) as e:
-        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        reason = storage.one_line(e) or type(e).__name__
         taken = "nothing of it was taken that is not named above"
         raise UserError(f"{archive} cannot be imported, and {taken}: {reason}") from None
 
@@ -470,7 +494,8 @@ def prepare_all(keys: list[str], mirror: Path | None, out: Path) -> int:
             errors.append(str(e))
         except OSError as e:
             reason = f"cannot be read or written ({e.strerror or e}): mend that and run this again"
-            errors.append(f"{e.filename or out} {reason}")
+            where = e.filename or out
+            errors.append(f"{where} {reason}")
     for error in dict.fromkeys(errors):
         print(f"error: {error}", file=sys.stderr)
     return int(bool(errors))

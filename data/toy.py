@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import tasks
-from distributed import Ranks, on_rank0
+from distributed import Ranks, wait_for_all
 from storage import AnyPath, file_lock, write_errors
 from tasks import NAMES
 
-SIDES = ("tails", "heads")
+OTHER_SIDE = {"heads": "tails", "tails": "heads"}
 ANSWERS = {"heads": "yes", "tails": "no"}
 PHRASES = [  # (start, one step, end): the teacher's several ways to say the same
     ("The coin is heads up.", "{name} {verb} it: {before} to {side}.", "So it is {side} up."),
@@ -31,18 +31,25 @@ def toy_rationale(question: str, rng: random.Random, phrases: tuple[str, str, st
     if steps and rng.random() < 0.2:
         wrong_step = rng.randrange(len(steps))
     start, step, end = phrases
-    heads = True
+    side = "heads"
     sentences = [start]
     for i, (name, verb) in enumerate(steps):
-        before = SIDES[heads]
-        heads = heads ^ (verb == "flips") ^ (i == wrong_step)
-        sentences.append(step.format(name=name, verb=verb, before=before, side=SIDES[heads]))
-    return " ".join([*sentences, end.format(side=SIDES[heads])])
+        before = side
+        flips = verb == "flips"
+        if i == wrong_step:
+            flips = not flips
+        if flips:
+            side = OTHER_SIDE[before]
+        sentence = step.format(name=name, verb=verb, before=before, side=side)
+        sentences.append(sentence)
+    sentences.append(end.format(side=side))
+    return " ".join(sentences)
 
 
 def read_answer(text: str) -> str:
     """'... so it is tails up.' -> 'no'"""
-    return ANSWERS[re.findall(r"heads|tails", text)[-1]]
+    sides = re.findall(r"heads|tails", text)
+    return ANSWERS[sides[-1]]
 
 
 def answer_prompt(prompt: str, seed: str, diverse: bool) -> str:
@@ -53,9 +60,10 @@ def answer_prompt(prompt: str, seed: str, diverse: bool) -> str:
     phrases = PHRASES[0]
     if diverse:
         phrases = rng.choice(PHRASES)
-    rationale = toy_rationale(prompt.rpartition("Q:")[2], rng, phrases)
+    *_, question = prompt.rpartition("Q:")
+    rationale = toy_rationale(question, rng, phrases)
     if prompt.endswith("\nA:"):  # Few-shot-CoT: the answer is stated
-        return f" {rationale} {tasks.ANSWER_PREFIXES['fs_cot']} {read_answer(rationale)}."
+        return f" {rationale} {tasks.STATED_ANSWER} {read_answer(rationale)}."
     return f" {rationale}"
 
 
@@ -75,19 +83,26 @@ def toy_teacher(
     """
     completions = []
     for prompt in prompts:
-        seeds = [f"{seed}"] * n
-        if temperature:
-            seeds = [f"{seed} {k}" for k in range(first, first + n)]
-        texts = [answer_prompt(prompt, s, temperature > 0) for s in seeds]
-        completions.append([{"completion": text, "finish_reason": "stop"} for text in texts])
+        of_prompt = []
+        for k in range(first, first + n):
+            stream = f"{seed}"
+            if temperature:
+                stream = f"{seed} {k}"
+            text = answer_prompt(prompt, stream, diverse=temperature > 0)
+            of_prompt.append({"completion": text, "finish_reason": "stop"})
+        completions.append(of_prompt)
     return completions
 
 
 def toy_vocabulary() -> dict[str, int]:
     """Return the token ids of all words and punctuation marks of the task."""
-    phrases = re.sub(r"\{\w+\}", " ", " ".join(map(" ".join, PHRASES)))
-    words = sorted({*re.findall(r"\w+|[^\w\s]+", f"{phrases} {WORDS}"), *NAMES})
-    return {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
+    texts = [WORDS, *NAMES]
+    for phrases in PHRASES:
+        texts += phrases
+    text = re.sub(r"\{\w+\}", " ", " ".join(texts))
+    words = set(re.findall(r"\w+|[^\w\s]+", text))
+    tokens = ["<eos>", "<unk>", *sorted(words)]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def make_toy_student(folder: AnyPath, seed: int) -> None:
@@ -119,5 +134,5 @@ def untrained_student(saved: AnyPath, seed: int, ranks: Ranks) -> str:
         last_file = folder / "tokenizer_config.json"
         if ranks.is_rank0 and not last_file.exists():
             make_toy_student(folder, seed)
-    on_rank0(ranks, lambda: None)  # the other ranks wait here
+    wait_for_all(ranks)
     return str(folder)

@@ -1,6 +1,6 @@
-"""The slow lanes of the OpenAI API: batches (half the price, within a day) and fine-tuning jobs.
+"""Batches of the OpenAI API: half the price, within a day.
 
-Batches work on the journal of teacher.py: submit what it lacks, fetch what is ready, submit what is
+They work on the journal of teacher.py: submit what it lacks, fetch what is ready, submit what is
 missing then (step 2 of zs_cot, and what failed or expired).  What is under way counts as asked and
 as spent: asking now waits for fetch or cancel.  What could be paid for twice is noted before it is
 asked for, in D_<task>.batches.jsonl:
@@ -21,12 +21,14 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import refusals
 import replies
 import steps
 import storage
 import teacher
 from api import ApiConfig, ApiSession, RequestError, RunStopped, call_with_retries
 from completions import SamplingConfig
+from refusals import StatusError
 from replies import InvalidReplyError
 from steps import Request, Samples
 from storage import UserError
@@ -34,8 +36,6 @@ from storage import UserError
 MAX_SHARD_REQUESTS = 50_000  # of one batch; the API's limits are these and 200 MB
 MAX_SHARD_BYTES = 190_000_000
 FINAL_STATUSES = ("completed", "failed", "expired", "cancelled")
-POLL_SECONDS = 30.0  # between two looks at a fine-tuning job
-FINAL_JOB_STATUSES = ("succeeded", "failed", "cancelled")
 TRANSFER_TIMEOUT = 3600.0  # seconds for an upload or a download
 
 
@@ -72,7 +72,9 @@ def run_batch_command(
     if teacher.is_finished(path, metadata):
         return path
     session = ApiSession(api, path)
-    problems = asyncio.run(session.run(run_step(session, command, path, plan, samples)))
+    session.connect()
+    work = run_step(session, command, path, plan, samples)
+    problems = asyncio.run(session.run(work))
     session.raise_stop_reason()
     if problems:
         raise UserError("; ".join(problems))
@@ -121,7 +123,8 @@ def refuse_open_batches(path: Path) -> None:
     shards = open_shards(notes)
     if shards:
         requests = sum(len(shard.intent["requests"]) for shard in shards)
-        names = ", ".join(shard.batch_id or f"shard {shard.number}" for shard in shards[:3])
+        some = [shard.batch_id or f"shard {shard.number}" for shard in shards[:3]]
+        names = ", ".join(some)
         raise UserError(
             f"{requests} requests are under way in {len(shards)} batches ({names}) and would be "
             "paid for twice: --batch fetch brings their answers, --batch cancel gives them up"
@@ -131,11 +134,13 @@ def refuse_open_batches(path: Path) -> None:
 def open_shards(notes: storage.Journal) -> list[Shard]:
     """Return the shards that are neither void nor fetched."""
     shards = []
+    rows = notes.rows
     for number in range(count_intents(notes)):
-        if f"void {number}" in notes.rows or f"fetched {number}" in notes.rows:
+        if f"void {number}" in rows or f"fetched {number}" in rows:
             continue
-        batch_id = notes.rows.get(f"batch {number}", {}).get("id")
-        shards.append(Shard(number, notes.rows[f"intent {number}"], batch_id))
+        batch = rows.get(f"batch {number}", {})
+        shard = Shard(number, rows[f"intent {number}"], batch.get("id"))
+        shards.append(shard)
     return shards
 
 
@@ -147,15 +152,29 @@ async def call(
     session: ApiSession, send: Callable[[], Awaitable[Any]], timeout: float | None = None
 ) -> Any:
     """Return what `await send()` gives.  Raises RequestError, RunStopped."""
-    reply, _, _ = await call_with_retries(session, send, timeout=timeout)
+    import openai
+
+    async def send_plainly() -> Any:
+        """Send once; of openai's exceptions, raise what is below them."""
+        try:
+            return await send()
+        except openai.APIStatusError as e:
+            cause = StatusError(e.response)
+        except openai.APIConnectionError as e:
+            cause = e.__cause__
+        raise cause  # out here, where it gets no context that would have it as its cause
+
+    reply, _, _ = await call_with_retries(session, send_plainly, timeout=timeout)
     return reply
 
 
 async def upload(session: ApiSession, name: str, content: bytes, purpose: str) -> str:
     """Return the id of the uploaded JSON-lines file."""
+    create = session.client.files.create
     file = (f"{name}.jsonl", content)
-    send = functools.partial(session.client.files.create, file=file, purpose=purpose)
-    return (await call(session, send, TRANSFER_TIMEOUT)).id
+    send = functools.partial(create, file=file, purpose=purpose)
+    uploaded = await call(session, send, TRANSFER_TIMEOUT)
+    return uploaded.id
 
 
 # ---------------- Submit
@@ -163,14 +182,23 @@ async def upload(session: ApiSession, name: str, content: bytes, purpose: str) -
 
 async def find_batch(batches: Batches, number: int) -> str | None:
     """Return the id of the batch that was created for a shard: its metadata name the shard."""
-    run = batches.notes.rows["run"]["id"]
-    oldest = batches.notes.rows[f"intent {number}"]["time"] - 86400  # whatever the clocks say
+    rows = batches.notes.rows
+    name = shard_name(batches, number)
+    oldest = rows[f"intent {number}"]["time"] - 86400  # whatever the clocks say
     async for batch in batches.session.client.batches.list(limit=100):
-        if (batch.metadata or {}).items() >= {"run": run, "shard": str(number)}.items():
+        metadata = batch.metadata or {}
+        if name.items() <= metadata.items():
             return batch.id
         if batch.created_at < oldest:  # they come newest first
             return None
     return None
+
+
+def shard_name(batches: Batches, number: int) -> dict[str, str]:
+    """Return the metadata that tell the batch of a shard from all others."""
+    run = batches.notes.rows["run"]
+    shard = str(number)
+    return {"run": run["id"], "shard": shard}
 
 
 async def reconcile_intents(batches: Batches) -> None:
@@ -180,28 +208,29 @@ async def reconcile_intents(batches: Batches) -> None:
             continue
         send = functools.partial(find_batch, batches, shard.number)
         batch_id = await call(batches.session, send)
-        note = {"key": f"void {shard.number}", "why": "it was never created"}
+        number = shard.number
+        note = {"key": f"void {number}", "why": "it was never created"}
         if batch_id:
-            note = {"key": f"batch {shard.number}", "id": batch_id}
+            note = {"key": f"batch {number}", "id": batch_id}
         batches.notes.append([note])
 
 
 async def submit(batches: Batches, samples: Samples) -> None:
     """Send what the journal lacks and no open batch holds, in shards."""
+    session, plan, notes = batches
     waiting = set()
-    for shard in open_shards(batches.notes):
-        waiting |= {request["key"] for request in shard.intent["requests"]}
+    for shard in open_shards(notes):
+        for request in shard.intent["requests"]:
+            waiting.add(request["key"])
     requests = []
-    rows = batches.session.journal.rows
-    for unit in steps.list_units(batches.plan, samples):
-        missing = steps.next_requests(batches.plan, rows, *unit)
+    rows = session.journal.rows
+    for sample, ks in steps.list_units(plan, samples):
+        missing = steps.next_requests(plan, rows, sample, ks)
         requests += [request for request in missing if request.key not in waiting]
-    for shard_requests, content in split_into_shards(requests, batches.plan.api):
+    for shard_requests, content in split_into_shards(requests, plan.api):
         await submit_shard(batches, shard_requests, content)
-    under_way = f"{len(waiting)} were under way already"
-    print(
-        f"batch: {len(requests)} requests submitted, {under_way}; --batch fetch brings the answers"
-    )
+    text = f"{len(requests)} requests submitted, {len(waiting)} were under way already"
+    print(f"batch: {text}; --batch fetch brings the answers")
 
 
 def split_into_shards(
@@ -210,11 +239,13 @@ def split_into_shards(
     """Yield requests with the content of their input file, within the limits of a batch."""
     shard: list[Request] = []
     content = bytearray()
+    url = "/v1" + steps.ENDPOINTS[api]
     for request in requests:
-        url = "/v1" + steps.ENDPOINTS[api]
         row = {"custom_id": request.key, "method": "POST", "url": url, "body": request.body}
-        line = json.dumps(row).encode() + b"\n"
-        is_full = len(shard) >= MAX_SHARD_REQUESTS or len(content) + len(line) > MAX_SHARD_BYTES
+        text = json.dumps(row)
+        line = text.encode() + b"\n"
+        size = len(content) + len(line)
+        is_full = len(shard) >= MAX_SHARD_REQUESTS or size > MAX_SHARD_BYTES
         if shard and is_full:
             yield shard, bytes(content)
             shard = []
@@ -232,16 +263,8 @@ async def submit_shard(batches: Batches, requests: list[Request], content: bytes
     """
     session, plan, notes = batches
     number = count_intents(notes)
-    bounds = [steps.token_upper_bound(request.body) for request in requests]
-    tokens = [sum(column) for column in zip(*bounds, strict=True)]
-    cost = session.api.dollars(*tokens)
-    check_budget(batches, len(requests), cost)
-    intent = {"key": f"intent {number}", "time": int(time.time()), "api": plan.api, "cost": cost}
-    intent["tokens"] = tokens  # at most, prompt's and completion's: prices may come later
-    intent["requests"] = [
-        {"key": r.key, "sample_index": r.sample_index, "step": r.step, "keys": r.keys}
-        for r in requests
-    ]
+    intent = make_intent(batches, number, requests)
+    check_budget(batches, len(requests), intent["cost"])
     notes.append([intent])
 
     async def create() -> str:
@@ -253,7 +276,7 @@ async def submit_shard(batches: Batches, requests: list[Request], content: bytes
             input_file_id=file_id,
             endpoint="/v1" + steps.ENDPOINTS[plan.api],
             completion_window="24h",
-            metadata={"run": notes.rows["run"]["id"], "shard": str(number)},
+            metadata=shard_name(batches, number),
         )
         return batch.id
 
@@ -267,12 +290,34 @@ async def submit_shard(batches: Batches, requests: list[Request], content: bytes
     print(f"batch {batch_id}: {len(requests)} requests submitted")
 
 
+def make_intent(batches: Batches, number: int, requests: list[Request]) -> dict[str, Any]:
+    """Return the note of a shard that is to be sent."""
+    bounds = [steps.token_upper_bound(request.body) for request in requests]
+    tokens = [sum(column) for column in zip(*bounds, strict=True)]
+    noted = []
+    for request in requests:
+        columns = request._asdict()
+        del columns["body"]
+        noted.append({"key": request.key, **columns})
+    return {
+        "key": f"intent {number}",
+        "time": int(time.time()),
+        "api": batches.plan.api,
+        "cost": batches.session.api.dollars(*tokens),
+        "tokens": tokens,  # at most, prompt's and completion's: prices may come later
+        "requests": noted,
+    }
+
+
 def check_budget(batches: Batches, count: int, cost: float) -> None:
     """Stop the session where --max_cost has no room for a batch.  Raises RunStopped then."""
     session = batches.session
     limit = session.api.max_cost
-    under_way = sum(cost_at_most(session, shard) for shard in open_shards(batches.notes))
-    if limit is not None and session.spent + under_way + cost > limit:
+    if limit is None:
+        return
+    shards = open_shards(batches.notes)
+    under_way = sum(cost_at_most(session, shard) for shard in shards)
+    if session.spent + under_way + cost > limit:
         known = f"${session.spent:.4f} are spent, ${under_way:.4f} may be under way"
         session.stop(
             f"--max_cost {limit}: {known}, and the next {count} requests may cost ${cost:.4f}"
@@ -282,9 +327,10 @@ def check_budget(batches: Batches, count: int, cost: float) -> None:
 
 def cost_at_most(session: ApiSession, shard: Shard) -> float:
     """Return what a shard may cost in dollars, by today's prices where its tokens are noted."""
-    if "tokens" in shard.intent and session.api.price_in is not None:
-        return session.api.dollars(*shard.intent["tokens"])
-    return shard.intent["cost"]
+    intent = shard.intent
+    if "tokens" in intent and session.api.price_in is not None:
+        return session.api.dollars(*intent["tokens"])
+    return intent["cost"]
 
 
 # ---------------- Status, cancel and fetch
@@ -313,12 +359,15 @@ async def cancel(batches: Batches) -> None:
     for shard in shards:
         batch = await retrieve(batches, shard)
         if batch is None:
-            note = {"key": f"void {shard.number}", "why": "the server does not know it any more"}
+            why = "the server does not know it any more"
+            note = {"key": f"void {shard.number}", "why": why}
             batches.notes.append([note])
-            print(f"batch {shard.batch_id}: {note['why']}, so it is given up")
+            print(f"batch {shard.batch_id}: {why}, so it is given up")
             continue
-        if batch.status not in (*FINAL_STATUSES, "cancelling"):
-            send = functools.partial(batches.session.client.batches.cancel, shard.batch_id)
+        has_ended = batch.status in FINAL_STATUSES
+        if not has_ended and batch.status != "cancelling":
+            client = batches.session.client
+            send = functools.partial(client.batches.cancel, shard.batch_id)
             batch = await call(batches.session, send)
         print(f"batch {batch.id}: {batch.status}; --batch fetch brings what it answered")
     if not shards:
@@ -344,10 +393,12 @@ async def poll_batches(batches: Batches, fetch: bool) -> list[str]:
             text += f", {counts.completed} of {counts.total} done, {counts.failed} failed"
         print(text)
         if fetch and batch.status in FINAL_STATUSES:
-            ingest_results(batches, shard, batch, await download_results(batches, batch))
+            lines = await download_results(batches, batch)
+            ingest_results(batches, shard, batch, lines)
             if batch.status == "failed":
                 words = batches.session.words
-                said = [words(e.message) for e in getattr(batch.errors, "data", None) or ()]
+                errors = getattr(batch.errors, "data", None) or ()
+                said = [words(error.message) for error in errors]
                 reason = "; ".join(said) or "the server does not say why"
                 problems.append(f"batch {batch.id} failed: {reason}")
     if not shards:
@@ -358,8 +409,9 @@ async def poll_batches(batches: Batches, fetch: bool) -> list[str]:
 async def download_results(batches: Batches, batch: Any) -> list[Any]:
     """Return the lines of a batch's output and error files, either of which may be missing."""
     completed = 0
-    if batch.request_counts:
-        completed = batch.request_counts.completed
+    counts = batch.request_counts
+    if counts:
+        completed = counts.completed
     lines = []
     for file_id, expected in ((batch.output_file_id, completed), (batch.error_file_id, 0)):
         if file_id:  # it may be null or ""
@@ -383,7 +435,8 @@ async def download(batches: Batches, file_id: str, expected: int) -> list[Any]:
             reply = await batches.session.client.files.content(file_id)
             text = reply.content.decode()
             lines = text.split("\n")  # and nowhere else: U+2028 may stand inside a string
-            values = [json.loads(line) for line in lines if line.strip()]
+            lines = filter(str.strip, lines)
+            values = [json.loads(line) for line in lines]
         except openai.NotFoundError as e:
             raise InvalidReplyError(f"the file {file_id} is not there", str(e)) from None
         except (ValueError, RecursionError):
@@ -402,157 +455,62 @@ def ingest_results(batches: Batches, shard: Shard, batch: Any, lines: list[Any])
 
     The first line of a custom_id counts.
     """
+    session = batches.session
     wanted = {request["key"]: request for request in shard.intent["requests"]}
     seen = set()
     rows = []
     errors = []
     unknown = 0
     for line in lines:
-        key = line.get("custom_id") if isinstance(line, dict) else None
+        key = None
+        if isinstance(line, dict):
+            key = line.get("custom_id")
         if key in seen:
             continue
         if key not in wanted:
             unknown += 1
             continue
         seen.add(key)
-        keys = {int(k): name for k, name in wanted[key]["keys"].items()}  # JSON made texts of them
-        request = Request(wanted[key]["sample_index"], wanted[key]["step"], keys, {})
+        request = noted_request(wanted[key])
         try:
             rows += read_result(line, shard.intent["api"], request)
         except InvalidReplyError as e:
-            errors.append(batches.session.words(e))
-            batches.session.bill(e, 0.0)  # a request that fails in a batch is not billed
-            teacher.add_failure(batches.session, request, errors[-1])
-    batches.session.journal.append(rows)
-    answers = len(seen) - len(errors)
+            text = session.words(e)
+            errors.append(text)
+            session.bill(e, 0.0)  # a request that fails in a batch is not billed
+            teacher.add_failure(session, request, text)
+    session.journal.append(rows)
+    failed = len(errors)
+    answers = len(seen) - failed
     missing = len(wanted) - len(seen)
     note = {"key": f"fetched {shard.number}", "status": batch.status, "answers": answers}
-    note |= {"failed": len(errors), "missing": missing, "unknown": unknown}
+    note |= {"failed": failed, "missing": missing, "unknown": unknown}
     batches.notes.append([note])
-    text = f"{answers} answers, {len(errors)} failed, {missing} missing, {unknown} unknown"
+    text = f"{answers} answers, {failed} failed, {missing} missing, {unknown} unknown"
     if errors:
         text += f"; the first error: {errors[0]}"
     print(f"batch {batch.id}: {text}")
 
 
+def noted_request(note: dict[str, Any]) -> Request:
+    """Return a request of an intent, without its body."""
+    keys = {}
+    for k, key in note["keys"].items():
+        keys[int(k)] = key  # JSON made texts of the numbers
+    return Request(note["sample_index"], note["step"], keys, {})
+
+
 def read_result(line: dict[str, Any], api: str, request: Request) -> list[teacher.JournalRow]:
     """Return the journal's rows of a line of a result file.  Raises InvalidReplyError."""
     response = line.get("response") or {}
-    if response.get("status_code") != 200:
-        error = line.get("error") or response.get("body") or response
-        words = replies.server_words(error) or json.dumps(error)
+    body = response.get("body")
+    status = response.get("status_code")
+    if status != 200:
+        error = line.get("error") or body or response
+        words = refusals.server_words(error) or json.dumps(error)
         raise InvalidReplyError("a request that failed", words)
-    reply = replies.read_reply(response.get("body"), api, len(request.keys))
+    reply = replies.read_reply(body, api, len(request.keys))
     rows = teacher.journal_rows(reply, request)
-    rows[0] |= {"attempts": 1, "unanswered": 0}
+    billing = {"attempts": 1, "unanswered": 0}
+    rows[0] |= billing
     return rows
-
-
-# ---------------- Fine-tuning jobs: students behind an API
-
-
-def finetune_job_text(family: str, pairs: list[tuple[str, str]]) -> str:
-    """Return the JSON lines of a fine-tuning job, byte for byte as published: no last newline."""
-    lines = []
-    for prompt, label in pairs:
-        if family == "openai":
-            line = {"prompt": prompt, "completion": label}
-        else:
-            turns = [("user", prompt), ("assistant", label)]
-            line = {"messages": [{"role": role, "content": text} for role, text in turns]}
-        lines.append(json.dumps(line))
-    return "\n".join(lines)
-
-
-def fine_tune(api: ApiConfig, base_model: str, data_file: Path, note_path: Path) -> str:
-    """Have a student fine-tuned on data_file; return its name.
-
-    The ids of file and job are kept in note_path: what exists is not made again.  Raises UserError
-    where the job fails.
-    """
-    made_from = {"base_model": base_model, "sha256": storage.file_sha256(data_file)}
-    note = storage.read_json(note_path) if note_path.exists() else made_from
-    if not made_from.items() <= note.items():
-        storage.move_to_backup(note_path)
-        note = made_from
-    if not note.get("model"):
-        session = ApiSession(api, note_path)
-        content = data_file.read_bytes()
-        asyncio.run(session.run(finish_job(session, base_model, content, note_path, note)))
-        session.raise_stop_reason()
-    print(f"train: the student is {note['model']} ({note_path})")
-    return note["model"]
-
-
-async def finish_job(
-    session: ApiSession, base_model: str, content: bytes, note_path: Path, note: dict[str, Any]
-) -> None:
-    """Upload, create the job, wait for its end; each id is in the note before the next step.
-
-    Raises UserError where the job is refused or fails.
-    """
-
-    def keep(**columns: str) -> None:
-        note.update(columns)
-        storage.write_json(note_path, note)
-
-    try:
-        if "file" not in note:
-            keep(file=await upload(session, note_path.stem, content, "fine-tune"))
-        if "job" not in note:
-            send = functools.partial(find_or_create_job, session, base_model, note["file"])
-            keep(job=(await call(session, send)).id)
-        job = await wait_for_job(session, note, keep, note_path)
-    except RequestError as e:
-        raise UserError(f"no fine-tuning job for {base_model}: {e}") from None
-    except RunStopped:
-        return
-    keep(status=job.status)
-    if job.status == "succeeded":
-        keep(model=job.fine_tuned_model)
-        return
-    note.pop("job")  # the next start makes another
-    keep()
-    reason = session.words(getattr(job.error, "message", "no reason given"))
-    raise UserError(f"the fine-tuning job {job.id} {job.status}: {reason}")
-
-
-async def find_or_create_job(session: ApiSession, base_model: str, file_id: str) -> Any:
-    """Return the job of an uploaded file: where a reply got lost, it is found, not made again."""
-    jobs = session.client.fine_tuning.jobs
-    async for job in jobs.list(limit=100):
-        if job.training_file == file_id and job.status not in ("failed", "cancelled"):
-            return job
-    method = {"type": "supervised"}
-    return await jobs.create(model=base_model, training_file=file_id, method=method)
-
-
-async def wait_for_job(
-    session: ApiSession, note: dict[str, Any], keep: Callable[..., None], note_path: Path
-) -> Any:
-    """Return the job of a note when it has ended.  Raises UserError where the server lost it."""
-    import openai
-
-    async def send() -> Any:
-        """Look once."""
-        try:
-            return await session.client.fine_tuning.jobs.retrieve(note["job"])
-        except openai.NotFoundError:
-            what = f"the server knows no fine-tuning job {note['job']} any more"
-            raise UserError(f"{what}: delete {note_path} to have the student made again") from None
-
-    while (job := await call(session, send)).status not in FINAL_JOB_STATUSES:
-        if job.status != note.get("status"):
-            keep(status=job.status)
-            hint = "Ctrl-C leaves it running, the same command looks again"
-            print(f"train: job {job.id}: {job.status}; {hint}", flush=True)
-        await session.sleep_or_stop(POLL_SECONDS)
-    return job
-
-
-def fine_tuned_model(note_path: Path) -> str:
-    """Return the name of a student whose job has finished.  Raises UserError where it has not."""
-    note = storage.read_json(note_path) if note_path.exists() else {}
-    if not note.get("model"):
-        raise UserError(f"there is no finished fine-tuning job in {note_path}: run --stage train")
-    return note["model"]

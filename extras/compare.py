@@ -1,6 +1,7 @@
 """Single files and pairs of them: majority votes, McNemar's test, completions to read.
 
-    python evaluate.py show FILE         # wrong, right and unreadable completions
+    python evaluate.py show FILE         # wrong, right and unreadable completions; --disagree:
+                                         # those that the paper's and the flexible rules read apart
     python evaluate.py diff FILE FILE    # where two runs differ, and McNemar's test
 
 All of it is about the questions that a file is judged by: those of its --validation share, which
@@ -20,7 +21,6 @@ import completions
 import evaluate
 from completions import Completion
 from evaluate import GradedRow
-from extras import disagreements
 from storage import UserError
 
 Record = dict[str, Any]  # a JSON object
@@ -63,8 +63,9 @@ def pass_at_k(n: int, correct: int, k: int) -> Fraction:
 
     1 - C(n - correct, k) / C(n, k), the unbiased estimate of Chen et al. (2021).
     """
+    wrong = n - correct
     all_draws = math.comb(n, k)
-    wrong_draws = math.comb(n - correct, k)
+    wrong_draws = math.comb(wrong, k)
     return 1 - Fraction(wrong_draws, all_draws)
 
 
@@ -72,10 +73,11 @@ def answers_by_question(graded: list[GradedRow], rules: str) -> dict[int, Answer
     """Return the answers to each sample_index, in order of completion."""
     questions = defaultdict(list)
     for row, outcome, verdicts in graded:
-        prediction = verdicts[rules].prediction
+        verdict = verdicts[rules]
         is_right = outcome == "right"
-        answer = Answer(prediction, is_right)
-        questions[row["sample_index"]].append(answer)
+        answer = Answer(verdict.prediction, is_right)
+        index = row["sample_index"]
+        questions[index].append(answer)
     return dict(questions)
 
 
@@ -84,7 +86,8 @@ def mean_pass_at_k(questions: list[Answers], k: int) -> float:
     total = Fraction(0)
     for answers in questions:
         n = len(answers)
-        correct = sum(answer.is_right for answer in answers)
+        right = [answer for answer in answers if answer.is_right]
+        correct = len(right)
         total += pass_at_k(n, correct, k)
     mean = 100 * total / len(questions)
     return round(float(mean), 2)
@@ -97,9 +100,8 @@ class Ballot(NamedTuple):
     is_right: dict[int, bool]  # {sample_index: whether the majority is right}
 
 
-def hold_vote(graded: list[GradedRow], rules: str) -> Ballot:
+def hold_vote(questions: dict[int, Answers]) -> Ballot:
     """Vote on every question of a file: the one count that tables, scores and tests share."""
-    questions = answers_by_question(graded, rules)
     k = min(map(len, questions.values()))
     is_right = {}
     for i, answers in questions.items():
@@ -114,18 +116,19 @@ def votes(graded: list[GradedRow], rules: str) -> Record | None:
     k: answers that every question has at least; maj: % of the questions whose majority is right,
     maj_low and maj_high: its 95% interval; pass: {size: % of draws of so many with a right one}.
     """
-    k, is_right = hold_vote(graded, rules)
+    by_index = answers_by_question(graded, rules)
+    k, is_right = hold_vote(by_index)
     if k < 2:
         return None
-    by_index = answers_by_question(graded, rules)
     questions = list(by_index.values())
     n = len(questions)
     agreed = sum(is_right.values())
     low, high = evaluate.wilson_interval(agreed, n)
     passed = {}
-    for size in (1, 2, 4, 8, 16, 32, 64, 128):
-        if size < k:
-            passed[size] = mean_pass_at_k(questions, size)
+    size = 1
+    while size < k:
+        passed[size] = mean_pass_at_k(questions, size)
+        size *= 2
     passed[k] = mean_pass_at_k(questions, k)
     return {
         "k": k,
@@ -197,7 +200,9 @@ def place(row: Completion) -> tuple[int, int]:
 def is_same_sample(a: Completion, b: Completion) -> bool:
     """Tell whether two completions are of the same question with the same gold answer."""
     for name in ("question", "answer"):
-        if a[name].strip() != b[name].strip():
+        in_a = a[name].strip()
+        in_b = b[name].strip()
+        if in_a != in_b:
             return False
     return True
 
@@ -242,32 +247,35 @@ def count_right(pairs: list[tuple[bool, bool]]) -> Counts:
 
 def print_mcnemar(a: list[GradedRow], b: list[GradedRow], rules: str) -> None:
     """Print the test over questions, by majority where they have several answers."""
-    ballot_a = hold_vote(a, rules)
-    ballot_b = hold_vote(b, rules)
+    answers_a = answers_by_question(a, rules)
+    answers_b = answers_by_question(b, rules)
+    k_a, right_a = hold_vote(answers_a)
+    k_b, right_b = hold_vote(answers_b)
     pairs = []
-    for i, in_a in ballot_a.is_right.items():
-        in_b = ballot_b.is_right.get(i)
-        if in_b is not None:
-            pairs.append((in_a, in_b))
+    for i, is_right in right_a.items():
+        if i in right_b:
+            pairs.append((is_right, right_b[i]))
     n = len(pairs)
-    counts = count_right(pairs)
-    share_a = 100 * (counts.both + counts.first) / n
-    share_b = 100 * (counts.both + counts.second) / n
-    p = mcnemar(counts.first, counts.second)
+    both, first, second, _ = count_right(pairs)
+    n_a = both + first
+    n_b = both + second
+    p = mcnemar(first, second)
     how = "right"
-    if max(ballot_a.k, ballot_b.k) > 1:
-        how = f"right by the majority of {ballot_a.k} and {ballot_b.k} answers"
-    print(
-        f"{n} questions: {share_a:.2f}% and {share_b:.2f}% {how}; exact McNemar test: "
-        f"{counts.first} against {counts.second}, p = {p:.3g}"
-    )
+    if max(k_a, k_b) > 1:
+        how = f"right by the majority of {k_a} and {k_b} answers"
+    shares = f"{100 * n_a / n:.2f}% and {100 * n_b / n:.2f}%"
+    test = f"{first} against {second}, p = {p:.3g}"
+    print(f"{n} questions: {shares} {how}; exact McNemar test: {test}")
 
 
 def grade_judged(path: str, rules: str) -> list[GradedRow]:
     """Read and grade a file without the questions of its validation share; say how many."""
     metadata, rows = completions.read_completions(path)
     aside = set(metadata.get("validation") or [])
-    judged = [row for row in rows if row["sample_index"] not in aside]
+    judged = []
+    for row in rows:
+        if row["sample_index"] not in aside:
+            judged.append(row)
     if len(judged) < len(rows):
         print(f"{path}: its {len(aside)} validation questions are left out")
     return evaluate.grade_rows(metadata, judged, rules)
@@ -275,8 +283,10 @@ def grade_judged(path: str, rules: str) -> list[GradedRow]:
 
 def print_difference(path: str, graded: GradedRow) -> None:
     """Print a completion that the other file has otherwise."""
-    title = graded.outcome.replace("unreadable", "wrong")
-    evaluate.print_completion(f"{title} in {path}", graded.row, graded.verdicts)
+    row, outcome, verdicts = graded
+    if outcome == "unreadable":
+        outcome = "wrong"
+    evaluate.print_completion(f"{outcome} in {path}", row, verdicts)
 
 
 def diff(*, a: str, b: str, rules: str, limit: int) -> None:
@@ -284,9 +294,9 @@ def diff(*, a: str, b: str, rules: str, limit: int) -> None:
 
     Raises UserError where the files share no completion or differ in a question or gold answer.
     """
-    first = grade_judged(a, rules)
-    second = grade_judged(b, rules)
-    pairs = pair_completions(first, second)
+    graded_a = grade_judged(a, rules)
+    graded_b = grade_judged(b, rules)
+    pairs = pair_completions(graded_a, graded_b)
     if not pairs:
         raise UserError(
             f"{a} and {b} hold no completions of the same questions and gold answers: "
@@ -303,29 +313,84 @@ def diff(*, a: str, b: str, rules: str, limit: int) -> None:
     for one, other in unlike[:limit]:
         print_difference(a, one)
         print_difference(b, other)
-    if len(unlike) > limit:
-        print(f"\n... and {len(unlike) - limit} more (--limit)")
-    counts = count_right(right)
+    more = len(unlike) - limit
+    if more > 0:
+        print(f"\n... and {more} more (--limit)")
+    both, first, second, neither = count_right(right)
     print(
-        f"\n{len(pairs)} completions in both files: {counts.both} right in both, "
-        f"{counts.first} in the first alone, {counts.second} in the second alone, "
-        f"{counts.neither} in neither"
+        f"\n{len(pairs)} completions in both files: {both} right in both, {first} in the first "
+        f"alone, {second} in the second alone, {neither} in neither"
     )
-    print_mcnemar(first, second, rules)
+    print_mcnemar(graded_a, graded_b, rules)
 
 
 # ---------------- Completions to read
 
 
+def print_some(name: str, rows: list[GradedRow], total: int, limit: int) -> None:
+    """Say how many completions of a file are of a kind, and print the first of them."""
+    n = len(rows)
+    shown = ""
+    if n > limit:
+        shown = f"; the first {limit}:"
+    print(f"\n{n} of {total} are {name}{shown}")
+    for row, _, verdicts in rows[:limit]:
+        evaluate.print_completion(name, row, verdicts)
+
+
+def print_outcomes(graded: list[GradedRow], limit: int) -> None:
+    """Print the first `limit` wrong, right and unreadable completions."""
+    by_outcome = defaultdict(list)
+    for one in graded:
+        by_outcome[one.outcome].append(one)
+    for kind in ("wrong", "right", "unreadable"):
+        found = by_outcome[kind]
+        print_some(kind, found, len(graded), limit)
+
+
+DISAGREEMENTS = {  # (right by the paper's rules, by the flexible rules): what to call it
+    (False, True): "right by the flexible rules alone",
+    (True, False): "right by the paper's rules alone",
+    (False, False): "wrong by both, with different answers",
+}
+
+
+def is_other_answer(a: object, b: object) -> bool:
+    """Tell whether two predictions differ in more than how they are written: '18.00' and 18."""
+    if a in (None, ""):
+        return b not in (None, "")
+    if b in (None, ""):
+        return True
+    first = str(a)
+    second = str(b)
+    try:
+        return float(first) != float(second)
+    except ValueError:
+        return first.lower() != second.lower()
+
+
+def print_disagreements(graded: list[GradedRow], limit: int) -> None:
+    """Print the first `limit` completions of each kind on which the two sets of rules differ."""
+    found = {kind: [] for kind in DISAGREEMENTS}
+    for one in graded:
+        paper = one.verdicts["paper"]
+        flexible = one.verdicts["flexible"]
+        kind = (paper.correct, flexible.correct)
+        if kind not in found:
+            continue
+        if any(kind) or is_other_answer(paper.prediction, flexible.prediction):
+            found[kind].append(one)
+    for kind, name in DISAGREEMENTS.items():
+        print_some(name, found[kind], len(graded), limit)
+
+
 def show(*, file: str, rules: str, limit: int, disagree: bool) -> None:
     """Print some wrong, right and unreadable completions of a file, or where the rules differ."""
-    if disagree:
-        disagreements.show_disagreements(file=file, limit=limit)
-        return
     graded = grade_judged(file, rules)
-    for kind in ("wrong", "right", "unreadable"):
-        found = [one for one in graded if one.outcome == kind]
-        disagreements.print_some(kind, found, len(graded), limit)
+    if disagree:
+        print_disagreements(graded, limit)
+    else:
+        print_outcomes(graded, limit)
 
 
 # ---------------- Commands of evaluate.py

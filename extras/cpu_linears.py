@@ -29,9 +29,9 @@ def prepacked_linears(model: Model, layers: list[torch.nn.Module]) -> Iterator[N
     Otherwise they are laid out anew at every token.  The plain layout of a weight that nothing else
     uses is freed meanwhile.  layers: of layers_that_run.
     """
-    modules = list(model.modules())
-    users = collections.Counter(id(p) for m in modules for p in m.parameters(recurse=False))
-    freed = {id(layer.weight) for layer in layers if users[id(layer.weight)] == 1}
+    users: collections.Counter[int] = collections.Counter()
+    for module in model.modules():
+        users.update(map(id, module.parameters(recurse=False)))
     packs: list[Tensor] = []
     try:
         mapped = mmapped_weight_ranges()
@@ -40,7 +40,7 @@ def prepacked_linears(model: Model, layers: list[torch.nn.Module]) -> Iterator[N
             packs.append(torch.ops.mkldnn._reorder_linear_weight(out_by_in(layer), 64))
             layer.forward = functools.partial(linear_prepacked, packs[-1], layer.bias, width)
             release_mmapped_pages(layer.weight, mapped)
-            if id(layer.weight) in freed:
+            if users[id(layer.weight)] == 1:
                 layer.weight.data = layer.weight.data.new_empty(0)
         yield
     finally:
@@ -77,13 +77,13 @@ def packable_layers(model: Model) -> list[torch.nn.Module]:
         return []
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return []
-    return [
-        layer
-        for layer in model.modules()
-        if type(layer) in (torch.nn.Linear, Conv1D)
-        and layer.weight.dtype in (torch.float32, torch.bfloat16)
-        and "forward" not in vars(layer)
-    ]
+    layers = []
+    for layer in model.modules():
+        if type(layer) not in (torch.nn.Linear, Conv1D) or "forward" in vars(layer):
+            continue
+        if layer.weight.dtype in (torch.float32, torch.bfloat16):
+            layers.append(layer)
+    return layers
 
 
 def out_by_in(layer: torch.nn.Module) -> Tensor:
@@ -96,9 +96,10 @@ def out_by_in(layer: torch.nn.Module) -> Tensor:
 
 def linear_prepacked(packed: Tensor, bias: Tensor | None, width: int, x: Tensor) -> Tensor:
     """Return (.., width) of x (.., in), with a weight of mkldnn._reorder_linear_weight."""
-    rows = x.reshape(-1, x.shape[-1])
+    *shape, inputs = x.shape
+    rows = x.reshape(-1, inputs)
     output = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return output.view(*x.shape[:-1], width)
+    return output.view(*shape, width)
 
 
 def mmapped_weight_ranges() -> list[tuple[int, int]]:
@@ -108,8 +109,11 @@ def mmapped_weight_ranges() -> list[tuple[int, int]]:
         return []
     # "7f00-7f80 r--p ... model.safetensors", then a line for each figure: "Anonymous:    0 kB"
     entry = r"^(\w+)-(\w+) .*\.safetensors$(?:\n\w+:.*)*?\nAnonymous: +0 kB"
-    found = re.findall(entry, smaps.read_text(), re.MULTILINE)
-    return [(int(first, 16), int(end, 16)) for first, end in found]
+    text = smaps.read_text()
+    ranges = []
+    for first, end in re.findall(entry, text, re.MULTILINE):
+        ranges.append((int(first, 16), int(end, 16)))
+    return ranges
 
 
 def release_mmapped_pages(weight: Tensor, mapped: list[tuple[int, int]]) -> None:
@@ -117,8 +121,14 @@ def release_mmapped_pages(weight: Tensor, mapped: list[tuple[int, int]]) -> None
 
     (Of all other memory this would clear the numbers.)  Else a packed weight is there twice.
     """
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < end and any(start <= first and end <= stop for start, stop in mapped):
-        address = ctypes.c_void_p(first)
-        ctypes.CDLL(None).madvise(address, ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
+    end = weight.data_ptr() + weight.nbytes
+    end -= end % mmap.PAGESIZE
+    first = weight.data_ptr()
+    first += -first % mmap.PAGESIZE
+    size = end - first
+    if size <= 0:
+        return
+    for start, stop in mapped:
+        if start <= first and end <= stop:
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

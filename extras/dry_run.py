@@ -8,9 +8,8 @@ import steps
 import teacher
 from api import ApiConfig
 from completions import SamplingConfig, format_prompt
+from jobs import RemoteJob
 from storage import UserError
-
-Job = tuple[SamplingConfig, steps.Samples, Path]  # what is asked, and where it goes
 
 
 class Estimate(NamedTuple):
@@ -22,21 +21,24 @@ class Estimate(NamedTuple):
 
 
 def dry_run(
-    load_job: Callable[[str], Job], task_keys: Iterable[str], api: ApiConfig, student: str
+    load_job: Callable[[str], RemoteJob], task_keys: Iterable[str], api: ApiConfig, student: str
 ) -> None:
     """Print an estimate for each task, and the total.  A task that cannot be loaded is left out."""
     count_tokens, how = token_counter(student)
     estimates = []
     for task in task_keys:
         try:
-            plan, samples, path = load_job(task)
-            estimates.append(estimate(plan, samples, path, count_tokens))
+            job = load_job(task)
+            found = estimate(job.plan, job.samples, job.path, count_tokens)
         except UserError as e:
             print(f"dry run: {task} is left out: {e}")
-        else:
-            print_estimate(task, estimates[-1], api)
+            continue
+        estimates.append(found)
+        print_estimate(task, found, api)
     columns = zip(*estimates, strict=True)
-    print_estimate(f"in all, {how}", Estimate(*map(sum, columns)), api)
+    sums = map(sum, columns)
+    total = Estimate(*sums)
+    print_estimate(f"in all, {how}", total, api)
 
 
 def token_counter(student: str) -> tuple[Callable[[list[str]], int], str]:
@@ -52,13 +54,15 @@ def token_counter(student: str) -> tuple[Callable[[list[str]], int], str]:
     tokenizer = Tokenizer.from_file(str(file))
 
     def count_tokens(texts: list[str]) -> int:
-        return sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts))
+        encodings = tokenizer.encode_batch(texts)
+        return sum(len(encoding.ids) for encoding in encodings)
 
     return count_tokens, f"prompts counted by the tokenizer of {student}"
 
 
 def count_characters(texts: list[str]) -> int:
-    return sum(map(len, texts)) // 4
+    characters = sum(map(len, texts))
+    return characters // 4
 
 
 def estimate(
@@ -87,8 +91,10 @@ def estimate(
             if plan.template == "zs_cot":  # each answer is read off in a request of its own
                 prompts += [prompt] * len(request.keys)
                 answers += len(request.keys)
-    prompt_tokens = count_tokens(prompts) + answers * (plan.max_new_tokens + 8)
-    return Estimate(len(prompts), prompt_tokens, (completions + answers) * plan.max_new_tokens)
+    longest = plan.max_new_tokens
+    prompt_tokens = count_tokens(prompts) + answers * (longest + 8)
+    completion_tokens = (completions + answers) * longest
+    return Estimate(len(prompts), prompt_tokens, completion_tokens)
 
 
 def print_estimate(name: str, estimate: Estimate, api: ApiConfig) -> None:
@@ -96,5 +102,6 @@ def print_estimate(name: str, estimate: Estimate, api: ApiConfig) -> None:
     text = f"{requests:,} requests, {prompt_tokens:,} prompt tokens and at most "
     text += f"{completion_tokens:,} completion tokens"
     if api.price_in is not None:
-        text += f", at most ${api.dollars(prompt_tokens, completion_tokens):,.2f}"
+        cost = api.dollars(prompt_tokens, completion_tokens)
+        text += f", at most ${cost:,.2f}"
     print(f"dry run: {name}: {text}")

@@ -51,7 +51,9 @@ class Story(NamedTuple):
 
 def tidy(text: str) -> str:
     """'Start : heads .' -> 'Start: heads.', as a student whose tokens are words writes it."""
-    return re.sub(r" +([.,:;?!])", r"\1", " ".join(text.split()))
+    words = text.split()
+    line = " ".join(words)
+    return re.sub(r" +([.,:;?!])", r"\1", line)
 
 
 def find_runs(saved: str, data: str, task: str) -> dict[str, page.Record]:
@@ -59,11 +61,11 @@ def find_runs(saved: str, data: str, task: str) -> dict[str, page.Record]:
     how = page.Part(saved, data, "paper", False)
     found = {}
     for path in page.last_epochs(saved):
-        metadata = completions.read_completions(path)[0]
+        metadata, _ = completions.read_completions(path)
         method = metadata.get("completion_key")
-        if metadata["dataset_key"] != task or method not in ("ft", "ft_cot") or method in found:
-            continue
-        found[method] = page.describe_run(path, how) | {"path": path}
+        is_shown = metadata["dataset_key"] == task and method in BARS
+        if is_shown and method not in found:
+            found[method] = page.describe_run(path, how) | {"path": path}
     if len(found) < 2:
         raise UserError(
             f"the figure needs a run of ft and ft_cot on {task} in {saved}: make them with "
@@ -79,12 +81,14 @@ def training_example(run: page.Record, saved: str, data: str) -> Example:
         raise UserError(
             f"the fine-tuning file of {run['path']} is not there: run the command again"
         )
-    curated = training_data.read_curated(files.finetune_data, run["task"], files.saved)
-    train, _ = tasks.load_split(run["task"], run["split"], data)
-    judged = training_data.judge_rationales(curated, run["task"], set(train), set())
+    task = run["task"]
+    curated = training_data.read_curated(files.finetune_data, task, files.saved)
+    train, _ = tasks.load_split(task, run["split"], data)
+    judged = training_data.judge_rationales(curated, task, set(train), set())
     rows = defaultdict(list)
     for row in curated.rows:
-        rows[row["sample_index"]].append(row)
+        i = row["sample_index"]
+        rows[i].append(row)
     examples = []
     for i, marks in judged.items():
         example = example_of(rows[i], marks, curated.data)
@@ -101,11 +105,11 @@ def example_of(
     """Return the example of one question, if there is one; marks: of its rationales."""
     dropped = None
     kept = None
-    for row, mark in zip(rows, marks, strict=True):
-        if mark[0]:
+    for row, (is_kept, why, place) in zip(rows, marks, strict=True):
+        if is_kept:
             kept = row
-            position = mark[2]
-        elif mark[1].startswith(training_data.WRONG_ANSWER):
+            position = place
+        elif why.startswith(training_data.WRONG_ANSWER):
             dropped = row
     if dropped is None or kept is None:
         return None
@@ -120,7 +124,8 @@ def example_of(
 
 
 def text_length(texts: tuple[str, ...]) -> int:
-    return sum(len(text) for text in texts)
+    """Return how many characters some texts have together."""
+    return len("".join(texts))
 
 
 def test_example(runs: dict[str, page.Record]) -> tuple[str, ...]:
@@ -128,15 +133,18 @@ def test_example(runs: dict[str, page.Record]) -> tuple[str, ...]:
 
     The shortest of the test questions that are so.
     """
-    guesses = {}
-    for row in runs["ft"]["rows"]:
-        guesses[row[0]] = row
+    right = page.OUTCOMES.index("right")
+    guesses = {}  # of ft, that are not right
+    for i, _, text, _, _, outcome, *_ in runs["ft"]["rows"]:
+        if outcome != right:
+            guesses[i] = text
+    questions = runs["ft_cot"]["questions_of"]
     examples = []
-    for row in runs["ft_cot"]["rows"]:
-        guess = guesses.get(row[0])
-        if row[5] == 0 and guess and guess[5] != 0:
-            question, _ = runs["ft_cot"]["questions_of"][row[0]]
-            examples.append((question, row[2], guess[2]))
+    for i, _, text, _, _, outcome, *_ in runs["ft_cot"]["rows"]:
+        if outcome == right and i in guesses:
+            question, _ = questions[i]
+            example = (question, text, guesses[i])
+            examples.append(example)
     if not examples:
         raise UserError("there is no test question on which ft_cot alone is right")
     return min(examples, key=text_length)
@@ -146,12 +154,12 @@ def read_story(saved: str, data: str, task: str) -> Story:
     """Return the texts of the figure from what a run left in `saved`.  Raises UserError."""
     runs = find_runs(saved, data, task)
     example = training_example(runs["ft_cot"], saved, data)
-    asked, completion, guess = test_example(runs)
+    asked, completion, guessed = map(tidy, test_example(runs))
     return Story(
         example=Example(*map(tidy, example)),
-        asked=tidy(asked),
-        completion=tidy(completion),
-        guessed=tidy(guess),
+        asked=asked,
+        completion=completion,
+        guessed=guessed,
         accuracies={method: run["accuracy"] for method, run in runs.items()},
         questions=runs["ft_cot"]["questions"],
         random=tasks.TASKS[task].random,
@@ -162,6 +170,7 @@ def read_story(saved: str, data: str, task: str) -> Story:
 
 WIDTH = 860
 COLUMNS = [(24, 250), (302, 253), (583, 253)]  # x, width
+GAPS = (278, 561)  # x of what stands between columns
 SIZE = 14  # of text, px
 LINE = 20
 PADDING = 14
@@ -205,28 +214,33 @@ def text_width(text: str) -> float:
 
 def wrap(text: str, width: float, most: int = 9) -> list[str]:
     """Break a text into lines of at most so many px, and at most so many lines."""
-    lines = [""]
+    lines = []
+    line = ""
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and text_width(longer) > width:
-            lines.append(word)
+        longer = f"{line} {word}".strip()
+        if line and text_width(longer) > width:
+            lines.append(line)
+            line = word
         else:
-            lines[-1] = longer
+            line = longer
+    lines.append(line)
     if len(lines) > most:
-        lines = [*lines[: most - 1], f"{lines[most - 1]} ..."]
-    return lines
+        lines[most - 1] += " ..."
+    return lines[:most]
 
 
 def element(tag: str, text: str = "", **attributes: object) -> str:
     """Return an SVG element: class_="card", text_anchor="end" -> class="card" text-anchor="end"."""
-    written = [tag]
+    written = ""
     for name, value in attributes.items():
-        key = name.rstrip("_").replace("_", "-")
-        written.append(f'{key}="{value}"')
-    return f"<{' '.join(written)}>{escape(text)}</{tag}>"
+        bare = name.rstrip("_")
+        key = bare.replace("_", "-")
+        written += f' {key}="{value}"'
+    return f"<{tag}{written}>{escape(text)}</{tag}>"
 
 
 def write(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:
+    """Draw a line of text; anchor: what of it stands at x."""
     return element("text", text, x=x, y=y, class_=style, text_anchor=anchor)
 
 
@@ -260,32 +274,34 @@ def make_box(
     if last_column is None:
         last_column = column
     box = Box(title, [], ground, column, last_column)
-    for line in wrap(text, box.width - 2 * PADDING):
+    room = box.width - 2 * PADDING
+    for line in wrap(text, room):
         box.lines.append((line, ""))
     return box
 
 
 def draw_box(box: Box, y: float, height: float) -> list[str]:
     """Draw a card and its title above it."""
-    title = write(box.x, y - 9, box.title, "title")
-    size = {"width": box.width, "height": height}
-    card = element("rect", x=box.x, y=y, **size, rx=9, class_=box.ground)
-    parts = [title, card]
+    place = {"x": box.x, "y": y, "width": box.width, "height": height, "rx": 9}
+    parts = [
+        write(box.x, y - 9, box.title, "title"),
+        element("rect", **place, class_=box.ground),
+    ]
+    left = box.x + PADDING
     baseline = y + PADDING + 13
     for line, style in box.lines:
-        parts.append(write(box.x + PADDING, baseline, line, style))
+        parts.append(write(left, baseline, line, style))
         baseline += LINE
     return parts
 
 
-def arrow_right(x: float, y: float, length: float = 18) -> str:
-    path = f"M{x} {y}h{length}m-5 -5l5 5l-5 5"
-    return element("path", d=path, class_="arrow")
+TO_THE_RIGHT = "h18m-5 -5l5 5l-5 5"
+DOWN = "v37m-5 -5l5 5l5 -5"
 
 
-def arrow_down(x: float, y: float, length: float = 37) -> str:
-    path = f"M{x} {y}v{length}m-5 -5l5 5l5 -5"
-    return element("path", d=path, class_="arrow")
+def arrow(x: float, y: float, shape: str) -> str:
+    """Draw an arrow that begins at a point."""
+    return element("path", d=f"M{x} {y}{shape}", class_="arrow")
 
 
 BARS = {  # method: what the figure calls it, the style of its bar
@@ -299,41 +315,51 @@ def draw_bars(story: Story, box: Box, y: float) -> list[str]:
     parts = []
     left = box.x + PADDING
     full = box.width - 2 * PADDING
-    top = y + PADDING + 2
+    right = left + full
+    baseline = y + PADDING + 13
     for method, (name, style) in BARS.items():
         share = story.accuracies[method]
-        parts.append(write(left, top + 11, name, "small"))
-        parts.append(write(left + full, top + 11, f"{share:.1f}%", "bold", "end"))
-        place = {"x": left, "y": top + 18, "height": 13, "rx": 3}
-        parts.append(element("rect", **place, width=full, class_="track"))
         part = round(full * share / 100, 1)
-        parts.append(element("rect", **place, width=part, class_=style))
-        top += 50
+        place = {"x": left, "y": baseline + 7, "height": 13, "rx": 3}
+        parts += [
+            write(left, baseline, name, "small"),
+            write(right, baseline, f"{share:.1f}%", "bold", "end"),
+            element("rect", **place, width=full, class_="track"),
+            element("rect", **place, width=part, class_=style),
+        ]
+        baseline += 50
     if story.random:
         at = left + full * story.random / 100
-        bottom = top - 14
+        bottom = baseline - 25
         ends = {"x1": at, "x2": at, "y1": y + PADDING + 18, "y2": bottom}
-        parts.append(element("line", **ends, class_="guess", stroke_dasharray="2 3"))
-        parts.append(write(at, bottom + 13, "a random guess", "small soft", "middle"))
+        parts += [
+            element("line", **ends, class_="guess", stroke_dasharray="2 3"),
+            write(at, bottom + 13, "a random guess", "small soft", "middle"),
+        ]
     return parts
 
 
 def make_rows(story: Story) -> list[list[Box]]:
     """Return the cards of the figure: three rows on a grid of three columns."""
     example = story.example
+    wrong = example.dropped_answer.rstrip(".")
+    n = f"{story.questions:,}"
     question = make_box("1 · A training question", example.question, "card", 0)
     dropped = make_box("2 · A large teacher explains it", example.dropped, "dropped", 1)
-    wrong = example.dropped_answer.rstrip(".")
-    dropped.lines.append((f"✗ dropped: it ends in {wrong}", "wrong bold"))
     kept = make_box("... several times", example.kept, "kept", 2)
-    kept.lines.append(("✓ kept: its answer is right", "right bold"))
     prompt = make_box("3 · What a small student reads", example.prompt, "prompt", 0)
     label = make_box("and what it learns to write", example.label, "label", 1, 2)
-    label.lines.append(("the loss looks at these tokens alone", "soft"))
     asked = make_box("4 · A test question", story.asked, "prompt", 0)
     answer = make_box("5 · The student reasons by itself", story.completion, "label", 1)
-    answer.lines.append((f"✓ right (ft says {story.guessed})", "right bold"))
-    bars = make_box(f"6 · Right of {story.questions:,} test questions", "", "card", 2)
+    bars = make_box(f"6 · Right of {n} test questions", "", "card", 2)
+    notes = [
+        (dropped, f"✗ dropped: it ends in {wrong}", "wrong bold"),
+        (kept, "✓ kept: its answer is right", "right bold"),
+        (label, "the loss looks at these tokens alone", "soft"),
+        (answer, f"✓ right (ft says {story.guessed})", "right bold"),
+    ]
+    for box, note, style in notes:
+        box.lines.append((note, style))
     bars.lines.extend([("", "")] * 5)  # room
     return [[question, dropped, kept], [prompt, label], [asked, answer, bars]]
 
@@ -341,28 +367,28 @@ def make_rows(story: Story) -> list[list[Box]]:
 def draw_rows(rows: list[list[Box]], story: Story) -> tuple[list[str], float]:
     """Draw the cards, and arrows from each to what is made of it; return them and the height."""
     parts = []
-    tops = []
     y = 44
-    for row in rows:
+    for i, row in enumerate(rows):
         height = max(box.height for box in row)
+        middle = y + height / 2
+        bottom = y + height + 5
         for box in row:
             parts += draw_box(box, y, height)
-        parts.append(arrow_right(COLUMNS[1][0] - 24, y + height / 2))
-        tops.append(y)
+        parts.append(arrow(GAPS[0], middle, TO_THE_RIGHT))
+        if i == 0:  # the question becomes the prompt, the kept rationale the label
+            parts.append(arrow(250, bottom, DOWN))
+            parts.append(arrow(710, bottom, DOWN))
+        elif i == 2:
+            parts.append(arrow(GAPS[1], middle, TO_THE_RIGHT))
+            parts += draw_bars(story, row[-1], y)
         y += height + 48
-    below_first = tops[1] - 43
-    for x in (250, 710):  # the question becomes the prompt, the kept rationale the label
-        parts.append(arrow_down(x, below_first))
-    [_, answer, bars] = rows[2]
-    middle = tops[2] + (y - 48 - tops[2]) / 2
-    parts.append(arrow_right(answer.x + answer.width + 6, middle))
-    parts += draw_bars(story, bars, tops[2])
     return parts, y - 24
 
 
 def draw_method(story: Story) -> str:
     """Return the figure as SVG."""
-    parts, height = draw_rows(make_rows(story), story)
+    rows = make_rows(story)
+    parts, height = draw_rows(rows, story)
     size = f'width="{WIDTH}" height="{height:g}"'
     head = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" {size}'
     name = element("title", "Fine-tune-CoT: question, rationales, sample, student")
@@ -378,5 +404,6 @@ def plot_method(out: str, saved: str, data: str, task: str) -> None:
         raise UserError(
             f"--out {out}: the method's figure is drawn as .svg (PNG: extras/figure.py)"
         )
-    storage.write_atomic(out, draw_method(read_story(saved, data, task)))
+    story = read_story(saved, data, task)
+    storage.write_atomic(out, draw_method(story))
     print(f"plot: the method, from a run on {task} in {saved} -> {out}")

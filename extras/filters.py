@@ -227,12 +227,14 @@ def show_samples(path: Path, count: int) -> None:
     samples = []
     if path.suffix == ".jsonl":
         for row in storage.read_jsonl(path):
-            samples.append(json.dumps(row, indent=2))
+            text = json.dumps(row, indent=2)
+            samples.append(text)
     else:
         columns = storage.read_finetune_data(path).values()
         for index, prompt, label in zip(*columns, strict=True):
             samples.append(f"sample {index}\n  input: {prompt!r}\n  label: {label!r}")
-    count = min(count, len(samples))
+    total = len(samples)
+    count = min(count, total)
     for i in range(count):
-        place = i * len(samples) // count
+        place = i * total // count
         print(f"\n{samples[place]}")

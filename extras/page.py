@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import evaluate
 import storage
 import tasks
 from completions import Completion, read_completions
-from extras import paper, report, training_data
+from extras import paper, report, runs, training_data
 from extras.training_data import RunFiles
 from storage import UserError
 
@@ -47,10 +47,11 @@ def number_spans(text: str, number: float) -> list[Span]:
             value = candidates.parse_number(match[0])
         except ValueError:
             continue
+        start, end = match.span()
         if abs(value - number) < 1e-6:
-            spans.append(match.span())
+            spans.append((start, end))
         elif abs(value + number) < 1e-6:  # of '5-3' NUMBER takes -3, and 3 was read
-            spans.append((match.start() + 1, match.end()))
+            spans.append((start + 1, end))
     return spans
 
 
@@ -64,11 +65,19 @@ def answer_spans(text: str, prediction: Any) -> list[Span]:
         return []
     if isinstance(prediction, float):
         return number_spans(text, prediction)
-    word = re.escape(str(prediction))
-    apart = r"[\s.,\"'-]{0,4}".join(map(re.escape, str(prediction)[:60]))
-    patterns = (rf"(?<!\w){word}(?!\w)", rf"(?i:(?<!\w){word}(?!\w))", word, f"(?i:{apart})")
+    written = str(prediction)
+    word = re.escape(written)
+    letters = map(re.escape, written[:60])
+    apart = r"[\s.,\"'-]{0,4}".join(letters)
+    patterns = (
+        rf"(?<!\w){word}(?!\w)",
+        rf"(?i:(?<!\w){word}(?!\w))",
+        word,
+        f"(?i:{apart})",
+    )
     for pattern in patterns:
-        spans = [match.span() for match in re.finditer(pattern, text)]
+        found = re.finditer(pattern, text)
+        spans = [match.span() for match in found]
         if spans:
             return spans
     return []
@@ -80,44 +89,32 @@ def find_answer(text: str, verdict: tasks.Verdict, rules: str) -> Span | None:
     It is the last that reads so, but the paper's rules, where a template's prefix is there or none
     is expected, read the first of the candidates behind it: of '5*5 = 25' the first 5.
     """
-    spans = answer_spans(text, verdict.prediction)
+    prediction = verdict.prediction
+    spans = answer_spans(text, prediction)
     if not spans:
         return None
     from_end = 1
     if rules == "paper" and verdict.correct_format:
-        from_end = max(1, verdict.candidates.count(verdict.prediction))
-    return spans[-min(from_end, len(spans))]
+        from_end = verdict.candidates.count(prediction)
+    n = len(spans)
+    return spans[-min(from_end, n)]
 
 
 def verdict_cell(text: str, verdict: tasks.Verdict, rules: str) -> list:
     """Return [what was read, 1 if it is right, start, end in the text or -1, -1]."""
-    start, end = find_answer(text, verdict, rules) or (-1, -1)
+    place = find_answer(text, verdict, rules) or (-1, -1)
     prediction = verdict.prediction
     if isinstance(prediction, float):
         prediction = f"{prediction:.10g}"
-    return [prediction, int(verdict.correct), start, end]
+    is_right = int(verdict.correct)
+    return [prediction, is_right, *place]
 
 
 # ---------------- A run: a completion file, and what is known of how it was made
 
 
-def epochs_of(path: Path) -> list[Path]:
-    """Return the completion files of all epochs of the run that path is of."""
-    stem = run_stem(path)
-    found = []
-    for other in sorted(path.parent.glob("*.json")):
-        if run_stem(other) == stem:
-            found.append(other)
-    return found
-
-
-def run_stem(path: Path) -> str:
-    """D_toy__T_ft__E_005.json -> D_toy__T_ft"""
-    return re.sub(r"__E_\d+$", "", path.stem)
-
-
 class Part(NamedTuple):
-    """What of a file is scored, and how; the same for all files of a page."""
+    """Where runs lie, and how their files are scored; the same for all files of a page."""
 
     saved: str
     data: str
@@ -128,40 +125,40 @@ class Part(NamedTuple):
 def score_file(path: Path, how: Part) -> tuple[Record, evaluate.Score, list[evaluate.GradedRow]]:
     """Return metadata, score and graded rows of the part that a file's run is judged by."""
     metadata, rows = read_completions(path)
-    is_student = metadata.get("train_key") or metadata.get("finetune_key")
-    part = "all"
-    if is_student or metadata.get("part") == "test":
-        part = "test"
-    split = metadata.get("split") or "default"
-    choice = (part, split, how.data, how.rules, how.allow_partial)
-    return metadata, *evaluate.score_rows(path, metadata, rows, *choice)
+    part = runs.judged_part(metadata)
+    choice = (part, None, how.data, how.rules, how.allow_partial)
+    score, graded = evaluate.score_rows(path, metadata, rows, *choice)
+    return metadata, score, graded
 
 
 def accuracy_by_epoch(path: Path, how: Part) -> list[list[float]]:
     """Return [epoch, accuracy, low, high] of each evaluated epoch of a run."""
     points = []
-    for file in epochs_of(path):
+    for file in runs.epoch_files(path):
         try:
             _, score, _ = score_file(file, how)
         except UserError:
             continue  # an epoch that cannot be scored is no point
         if score["epoch"]:
-            points.append([score["epoch"], score["accuracy"], score["low"], score["high"]])
+            point = [score[name] for name in ("epoch", "accuracy", "low", "high")]
+            points.append(point)
     return sorted(points)
 
 
 def read_log(student: Path | None) -> tuple[Record, list[list[float]]]:
     """Return the first line of a student's log.jsonl, and [epoch, loss] of each epoch."""
-    if student is None or not (student / "log.jsonl").exists():
-        return {}, []
-    path = student / "log.jsonl"
-    rows = []
-    for line in storage.read_text(path).split("\n"):
-        if line.endswith("}"):  # a kill may have torn the last line
-            rows.append(storage.parse_json(line, path))
     header = {}
     losses = []
-    for row in rows:
+    if student is None:
+        return header, losses
+    path = student / "log.jsonl"
+    if not path.exists():
+        return header, losses
+    text = storage.read_text(path)
+    for line in text.split("\n"):
+        if not line.endswith("}"):  # a kill may have torn the last line
+            continue
+        row = storage.parse_json(line, path)
         if "arguments" in row:
             header = row
         elif "epoch_loss" in row:
@@ -171,22 +168,30 @@ def read_log(student: Path | None) -> tuple[Record, list[list[float]]]:
 
 def describe_settings(metadata: Record, log: Record, files: RunFiles) -> list[list]:
     """Return [group, name, value] of everything that is recorded of a run."""
-    rows = []
-    groups = {
-        "run": metadata.get("run") or {},
-        "decoding": metadata.get("settings") or {},
-        "training": log.get("settings") or {},
-        "flags": log.get("arguments") or {},
-    }
+    made_with = {}
     for name in ("torch", "transformers", "device", "ranks", "commit"):
         if name in log:
-            groups.setdefault("made with", {})[name] = log[name]
+            made_with[name] = log[name]
     if "command" in log:
-        groups.setdefault("made with", {})["command"] = " ".join(map(str, log["command"]))
-    places = {"student": files.student, "fine-tuning file": files.finetune_data}
-    groups["files"] = {name: str(path) for name, path in places.items() if path}
+        words = map(str, log["command"])
+        made_with["command"] = " ".join(words)
+    places = {}
+    if files.student:
+        places["student"] = str(files.student)
+    if files.finetune_data:
+        places["fine-tuning file"] = str(files.finetune_data)
+    groups = {
+        "run": metadata.get("run"),
+        "decoding": metadata.get("settings"),
+        "training": log.get("settings"),
+        "flags": log.get("arguments"),
+        "made with": made_with,
+        "files": places,
+    }
+    rows = []
     for group, values in groups.items():
-        rows += [[group, name, value] for name, value in values.items()]
+        for name, value in (values or {}).items():
+            rows.append([group, name, value])
     return rows
 
 
@@ -214,42 +219,56 @@ def describe_run(path: Path, how: Part) -> Record:
     metadata, score, graded = score_file(path, how)
     files = training_data.run_files(path, metadata, how.saved)
     log, losses = read_log(files.student)
-    method = score["method"] or "?"
-    model = score["model"] or "?"
-    published = paper.accuracy(
-        paper.read_results(), model, method, score["train_key"], score["task"]
-    )
-    if score["split"] != "default" or score["n"] > score["questions"]:
-        published = None  # of another split, or of several answers to a question
-    run = {name: score.get(name) for name in evaluate.Score.__annotations__ if name != "run"}
-    counts = Counter(one.outcome for one in graded)
-    return run | {
-        "name": score["train_key"] or method,
-        "counts": [counts[outcome] for outcome in OUTCOMES],
-        "published": published,
+    outcomes = [one.outcome for one in graded]
+    questions = {}
+    for one in graded:
+        i = one.row["sample_index"]
+        questions[i] = question_of(one.row)
+    return score | {
+        "name": score["train_key"] or score["method"] or "?",
+        "counts": list(map(outcomes.count, OUTCOMES)),
+        "published": published_accuracy(score),
         "accuracies": accuracy_by_epoch(path, how),
         "losses": losses,
         "settings": describe_settings(metadata, log, files),
-        "rows": [answer_row(one) for one in graded],
-        "questions_of": {one.row["sample_index"]: question_of(one.row) for one in graded},
+        "rows": list(map(answer_row, graded)),
+        "questions_of": questions,
         "validation": metadata.get("validation") or [],
         "metadata": metadata,
         "training": None,
     }
 
 
+def published_accuracy(score: evaluate.Score) -> float | None:
+    """Return the paper's accuracy of the same cell; None of a split, or of several answers."""
+    if score["split"] != "default":
+        return None
+    if score["n"] > score["questions"]:
+        return None
+    results = paper.read_results()
+    model = score["model"] or "?"
+    method = score["method"] or "?"
+    return paper.accuracy(results, model, method, score["train_key"], score["task"])
+
+
 def question_of(row: Completion) -> list[str]:
-    return [row["question"].strip(), row["answer"].strip()]
+    """Return question and gold answer."""
+    question = row["question"].strip()
+    answer = row["answer"].strip()
+    return [question, answer]
 
 
 # ---------------- What the teacher said, and what became of it
 
 
+ByIndex = dict[int, list]  # {sample_index: what is known of that question}
+
+
 class Texts(NamedTuple):
     """What runs of one page share."""
 
-    questions: dict[str, dict[int, list[str]]]  # {task: {sample_index: [question, gold answer]}}
-    teachers: dict[str, dict[int, list]]  # {file: {sample_index: [[rationale, answer], ...]}}
+    questions: dict[str, ByIndex]  # {task: {sample_index: [question, gold answer]}}
+    teachers: dict[str, ByIndex]  # {file: {sample_index: [[rationale, answer], ...]}}
 
 
 def describe_training(run: Record, files: RunFiles, how: Part, limit: int, texts: Texts) -> Record:
@@ -260,30 +279,40 @@ def describe_training(run: Record, files: RunFiles, how: Part, limit: int, texts
     in_split, _ = tasks.load_split(task, run["split"], how.data)
     train = set(in_split) - validation
     judged = training_data.judge_rationales(curated, task, train, validation)
-    learnable = train & (judged.keys() | set(curated.data["sample_index"]))
+    indices = curated.data["sample_index"]
+    learnable = train.intersection([*judged, *indices])
     order = sorted(learnable)[: limit or None]
     samples = tasks.load(task, how.data)
     for i in order:
         texts.questions[task][i] = question_of(samples[i])
-    shown = set(order)
-    for row in run["rows"]:
-        shown.add(row[0])
-    of_question = training_data.samples_of_questions(curated.data, shown)
-    positions = [position for found in of_question.values() for position in found]
-    marks = [mark for of_row in judged.values() for mark in of_row if mark[0] is not None]
+    shown = {row[0] for row in run["rows"]}
+    shown.update(order)
+    positions = training_data.positions_of(indices)
+    of_question = select(positions, shown)
+    kept = 0
+    dropped = 0
+    for marks in judged.values():
+        outcomes = [mark[0] for mark in marks]
+        kept += outcomes.count(1)
+        dropped += outcomes.count(0)
     return {
         "file": str(files.finetune_data),
         "teacher": share_teacher(curated, shown, texts),
         "needs_teacher": "teacher" in curated.settings,
         "order": order,
         "total": len(learnable),
-        "kept": sum(mark[0] for mark in marks),
-        "rationales": len(marks),
-        "size": len(curated.data["label"]),
-        "judged": {i: judged[i] for i in judged if i in shown},
+        "kept": kept,
+        "rationales": kept + dropped,
+        "size": len(indices),
+        "judged": select(judged, shown),
         "of_question": of_question,
-        **training_data.tokenize_samples(curated, positions, files),
+        **training_data.tokenize_samples(curated, of_question, files),
     }
+
+
+def select(known: ByIndex, shown: set[int]) -> ByIndex:
+    """Return what is known of the questions that are shown."""
+    return {i: value for i, value in known.items() if i in shown}
 
 
 def share_teacher(curated: training_data.Curated, shown: set[int], texts: Texts) -> str | None:
@@ -296,7 +325,9 @@ def share_teacher(curated: training_data.Curated, shown: set[int], texts: Texts)
     for row in curated.rows:
         i = row["sample_index"]
         if i in added:
-            said[i].append([tasks.rationale_of(row), row["completion"] or ""])
+            rationale = tasks.rationale_of(row)
+            answer = row["completion"] or ""
+            said[i].append([rationale, answer])
     return name
 
 
@@ -308,7 +339,7 @@ def gather(paths: list[Path], how: Part, limit: int) -> tuple[Record, list[str]]
 
     limit: training questions a run; 0: all.
     """
-    runs = []
+    shown = []
     skipped = []
     training = {}
     texts = Texts(questions=defaultdict(dict), teachers={})
@@ -319,8 +350,9 @@ def gather(paths: list[Path], how: Part, limit: int) -> tuple[Record, list[str]]
         except UserError as error:
             skipped.append(str(error))
             continue
-        runs.append(run)
-        files = training_data.run_files(path, run.pop("metadata"), how.saved)
+        shown.append(run)
+        metadata = run.pop("metadata")
+        files = training_data.run_files(path, metadata, how.saved)
         if not files.finetune_data:
             continue
         key = f"{files.finetune_data} {run['model']}"
@@ -334,13 +366,14 @@ def gather(paths: list[Path], how: Part, limit: int) -> tuple[Record, list[str]]
     for key in texts.questions:
         task = tasks.TASKS[key]
         about[key] = {"name": task.name, "random": task.random}
-    page = {"runs": runs, "tasks": about, "training": training, **texts._asdict()}
-    return page, skipped
+    page = {"runs": shown, "tasks": about, "training": training}
+    return page | texts._asdict(), skipped
 
 
 def share_questions(run: Record, texts: Texts) -> None:
     """Move a run's questions to `texts`.  Raises UserError where another run's are different."""
-    known = texts.questions[run["task"]]
+    task = run["task"]
+    known = texts.questions[task]
     own = run.pop("questions_of")
     for i, question in own.items():
         if known.get(i, question) != question:
@@ -351,17 +384,18 @@ def share_questions(run: Record, texts: Texts) -> None:
 def embed(data: Record) -> str:
     """Return TEMPLATE with the data in it: < is escaped, so no text can end the script element."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
-    text = storage.replace_lone_surrogates(text.replace("<", r"\u003c"))
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text)
+    escaped = text.replace("<", r"\u003c")
+    valid = storage.replace_lone_surrogates(escaped)
+    template = storage.read_text(TEMPLATE)
+    return template.replace(PLACEHOLDER, valid)
 
 
 def last_epochs(saved: str) -> list[Path]:
     """Return the last epoch of every run in the folder `saved`, teachers last."""
     last = {}
     teachers = {}
-    files = Path(saved, "completion_data").glob("B_*/*.json")
-    for path in sorted(files):  # the digits of the epoch stand last
-        stem = run_stem(path)
+    for path in runs.saved_files(saved):  # the digits of the epoch stand last
+        stem = runs.run_stem(path)
         found = teachers
         if "__" in stem:  # D_toy__T_ft, not D_toy
             found = last
@@ -385,14 +419,15 @@ def write_page(
     page, skipped = gather(paths, how, limit)
     for message in skipped:
         print(f"not on the page: {message}", file=sys.stderr)
-    if not page["runs"]:
-        reason = "".join(f": {message}" for message in skipped[:1])
+    shown = page["runs"]
+    if not shown:
+        reason = ": ".join(["", *skipped[:1]])
         raise UserError(f"there is no completion file to show in {saved}/completion_data{reason}")
     text = embed(page)
     storage.write_atomic(out, text)
-    n = sum(len(run["rows"]) for run in page["runs"])
+    n = sum(len(run["rows"]) for run in shown)
     size = len(text) / 1e6
-    print(f"page: {n} completions of {len(page['runs'])} runs, {size:.1f} MB -> {out}")
+    print(f"page: {n} completions of {len(shown)} runs, {size:.1f} MB -> {out}")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:

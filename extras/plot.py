@@ -12,16 +12,27 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tasks
 from extras import figure, paper, report, runs
-from extras.series import KINDS, Panels, Series, all_xs, loss_series, our_series, paper_series
+from extras.series import (
+    KINDS,
+    Band,
+    Lines,
+    Panels,
+    Series,
+    all_xs,
+    loss_series,
+    our_series,
+    paper_series,
+)
 from storage import UserError, write_atomic
 
 if TYPE_CHECKING:
@@ -35,69 +46,81 @@ MARKS = "osD^v"
 BARS = "bars, bands: 95% interval, or the standard deviation of several seeds"
 LEGEND_WIDTH = 58  # characters in the width of a panel
 TOY = "toy"
-Styles = dict[str, tuple[str, str]]  # {name of a series: its line and mark}
+Look = dict[str, str]  # options of matplotlib: label, linestyle, marker
+Styles = dict[str, Look]  # {name of a series: its look}
 
 
 class Panel(NamedTuple):
     """What one pair of axes shows."""
 
     task: str
-    lines: dict[str, Series]
+    lines: Lines
     xs: list[Any]  # what the x axis has to hold
     is_loss: bool = False
+
+
+Rows = list[list[Panel]]
 
 
 # ---------------- Drawing
 
 
 def draw_points(
-    panel: Axes, name: str, series: Series, at: dict[Any, float], style: tuple, shade: float
+    panel: Axes, series: Series, at: dict[Any, float], look: Look, shade: float
 ) -> None:
     """Draw marks, the line through them (if any) and the band; at: {x: where it stands}."""
-    line, mark = style
     xs = list(at.values())
-    bands = [series.points[x] for x in at]
+    points = series.points
+    bands = [points[x] for x in at]
     middle, low, high = zip(*bands, strict=True)
-    colors = {"color": "0.5", "markerfacecolor": "white"}
-    if series.is_ours:
-        colors = {"color": "black", "markerfacecolor": "black"}
-    panel.plot(
-        xs, middle, linestyle=line, marker=mark, markersize=5, linewidth=1.2, label=name, **colors
-    )
+    color = "black"
+    if not series.is_ours:
+        color = "0.5"
+        look = look | {"markerfacecolor": "white"}
+    panel.plot(xs, middle, color=color, markersize=5, linewidth=1.2, **look)
     if not series.is_ours:
         return
-    below = []
-    above = []
-    for center, bottom, top in bands:
-        below.append(center - bottom)
-        above.append(top - center)
-    bars = {"fmt": "none", "ecolor": "black", "elinewidth": 0.7, "capsize": 2}
-    panel.errorbar(xs, middle, yerr=[below, above], **bars)
-    if line != "none":
-        panel.fill_between(xs, low, high, color="black", alpha=shade, linewidth=0)
+    panel.vlines(xs, low, high, color=color, linewidth=0.7)
+    if look["linestyle"] != "none":
+        panel.fill_between(xs, low, high, color=color, alpha=shade, linewidth=0)
 
 
-def draw_series(panel: Axes, lines: dict[str, Series], styles: Styles, names: list[str]) -> None:
+def side_by_side(n: int) -> list[float]:
+    """Return where n marks of one x stand around it: 3 -> [-0.1, 0, 0.1], within 0.45 of it."""
+    step = min(0.1, 0.9 / n)
+    middle = (n - 1) / 2
+    return [step * (i - middle) for i in range(n)]
+
+
+def draw_series(panel: Axes, lines: Lines, styles: Styles, names: list[str]) -> None:
     """Draw the series of one task: what has no x as a level line and its band.
 
     Where x is one of names it is no scale: marks stand side by side and are not joined.
     """
-    shade = 0.36 / max(3, len(lines))
-    for i, (name, series) in enumerate(lines.items()):
-        line, mark = styles[name]
-        if None in series.points:
-            middle, low, high = series.points[None]
-            panel.axhline(middle, linestyle=line, color="black", linewidth=0.8, label=name)
-            panel.axhspan(low, high, color="black", alpha=shade, linewidth=0)
-            continue
-        xs = sorted(series.points)
-        at = {x: x for x in xs}
-        if names:
-            middle_line = (len(lines) - 1) / 2
-            shift = 0.1 * (i - middle_line)
-            at = {x: names.index(x) + shift for x in xs}
-            line = "none"
-        draw_points(panel, name, series, at, (line, mark), shade)
+    n = len(lines)
+    shade = 0.36 / max(3, n)
+    shifts = iter(side_by_side(n))
+    for name, series in lines.items():
+        look = styles[name]
+        shift = next(shifts)
+        points = series.points
+        if None in points:
+            draw_level(panel, points[None], look, shade)
+        elif names:
+            at = {x: names.index(x) + shift for x in points}
+            marks = look | {"linestyle": "none"}
+            draw_points(panel, series, at, marks, shade)
+        else:
+            at = {x: x for x in sorted(points)}
+            draw_points(panel, series, at, look, shade)
+
+
+def draw_level(panel: Axes, band: Band, look: Look, shade: float) -> None:
+    """Draw a line from side to side, and its band."""
+    middle, low, high = band
+    level = {"linestyle": look["linestyle"], "label": look["label"]}
+    panel.axhline(middle, color="black", linewidth=0.8, **level)
+    panel.axhspan(low, high, color="black", alpha=shade, linewidth=0)
 
 
 def size_name(parameters: float) -> str:
@@ -109,26 +132,28 @@ def size_name(parameters: float) -> str:
 
 def set_x_axis(axes: Axes, kind: str, xs: list) -> None:
     """Put ticks at xs, the x of a panel's points."""
-    axes.set_xlabel(KINDS[kind].title)
-    slanted = {"rotation": 20, "ha": "right", "fontsize": 8}
-    upright = {"rotation": 90, "fontsize": 8}  # sizes may be near one another
+    title = KINDS[kind].title
+    axes.set_xlabel(title)
     if kind == "teacher":
-        axes.set_xticks(range(len(xs)), xs, **slanted)
-        axes.set_xlim(-0.5, len(xs) - 0.5)
-    elif kind == "curves":
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.set_xlim(xs[0] - 0.3, xs[-1] + 0.3)
-    elif kind == "student":
-        axes.set_xscale("log")
-        axes.set_xticks(xs, list(map(size_name, xs)), **upright)
-        axes.minorticks_off()
+        n = len(xs)
+        axes.set_xticks(range(n), xs, rotation=20, ha="right", fontsize=8)
+        axes.set_xlim(-0.5, n - 0.5)
+        return
+    if kind == "curves":
+        locator = axes.xaxis.get_major_locator()
+        locator.set_params(integer=True, min_n_ticks=1)
+        left = xs[0] - 0.3
+        right = xs[-1] + 0.3
+        axes.set_xlim(left, right)
+        return
+    axes.set_xscale("log")
+    if kind == "student":
+        sizes = list(map(size_name, xs))
+        axes.set_xticks(xs, sizes, rotation=90, fontsize=8)  # they may be near one another
     else:
-        base = 10
-        if kind == "degree":
-            base = 2
-        axes.set_xscale("log", base=base)
-        axes.set_xticks(xs, [f"{x:g}" for x in xs])
-        axes.minorticks_off()
+        numbers = [f"{x:g}" for x in xs]
+        axes.set_xticks(xs, numbers)
+    axes.minorticks_off()
 
 
 def set_y_axis(axes: Axes, is_loss: bool) -> None:
@@ -145,7 +170,7 @@ def set_y_axis(axes: Axes, is_loss: bool) -> None:
 
 def wrap(name: str) -> list[str]:
     """Break the name of a series into lines as wide as a panel."""
-    return textwrap.wrap(name, LEGEND_WIDTH, break_on_hyphens=False)
+    return textwrap.wrap(name, width=LEGEND_WIDTH, break_on_hyphens=False)
 
 
 def add_legend(axes: Axes, kind: str) -> None:
@@ -157,10 +182,13 @@ def add_legend(axes: Axes, kind: str) -> None:
         inches = 0.85  # names below the ticks are turned
     below = ScaledTranslation(0, -inches, axes.figure.dpi_scale_trans)
     place = axes.transAxes + below
-    marks, labels = axes.get_legend_handles_labels()
-    wrapped = ["\n".join(wrap(label)) for label in labels]
-    options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": place}
-    axes.legend(marks, wrapped, fontsize=8, handlelength=3.5, **options)
+    marks, names = axes.get_legend_handles_labels()
+    labels = []
+    for name in names:
+        lines = wrap(name)
+        labels.append("\n".join(lines))
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": place}
+    axes.legend(marks, labels, fontsize=8, handlelength=3.5, **where)
 
 
 def draw_panel(axes: Axes, panel: Panel, kind: str, styles: Styles) -> None:
@@ -171,8 +199,9 @@ def draw_panel(axes: Axes, panel: Panel, kind: str, styles: Styles) -> None:
     draw_series(axes, panel.lines, styles, names)
     task = tasks.TASKS[panel.task]
     if task.random and not panel.is_loss:
-        dotted = {"linestyle": (0, (1, 3)), "color": "0.4", "linewidth": 1}
-        axes.axhline(task.random, label="random guess", **dotted)
+        dots = (0, (1, 3))
+        options = {"linestyle": dots, "color": "0.4", "linewidth": 1}
+        axes.axhline(task.random, label="random guess", **options)
     set_x_axis(axes, kind, panel.xs)
     set_y_axis(axes, panel.is_loss)
     axes.set_title(task.name, fontsize=10)
@@ -195,42 +224,39 @@ def import_pyplot() -> ModuleType:
 
 
 def series_styles(panels: Iterable[Panel]) -> Styles:
-    """Return {name: (line, mark)}; a series of several panels looks the same in all of them."""
+    """Return the look of each series by its name: the same in all panels that it is in."""
     names = {}
     for panel in panels:
         names |= dict.fromkeys(panel.lines)
+    lines = itertools.cycle(LINES)
+    marks = itertools.cycle(MARKS)
     styles = {}
-    for i, name in enumerate(names):
-        line = LINES[i % len(LINES)]
-        mark = MARKS[i % len(MARKS)]
-        styles[name] = (line, mark)
+    for name in names:
+        styles[name] = {"label": name, "linestyle": next(lines), "marker": next(marks)}
     return styles
 
 
-def panel_rows(panels: Panels, losses: Panels) -> list[list[Panel]]:
+def panel_rows(panels: Panels, losses: Panels) -> Rows:
     """Return the rows of a figure: up to three tasks, or a task's accuracy and its loss."""
     rows = []
-    if panels.keys() & losses.keys():
-        for task, lines in panels.items():
-            of_loss = losses.get(task, {})
-            xs = all_xs([*lines.values(), *of_loss.values()])
-            row = [Panel(task, lines, xs)]
-            if of_loss:
-                row.append(Panel(task, of_loss, xs, is_loss=True))
-            rows.append(row)
-        return rows
-    shown = []
     for task, lines in panels.items():
-        xs = all_xs(lines.values())
-        panel = Panel(task, lines, xs)
-        shown.append(panel)
-    width = 3
-    if len(shown) == 4:
-        width = 2
-    for start in range(0, len(shown), width):
-        row = shown[start : start + width]
+        of_loss = losses.get(task, {})
+        series = [*lines.values(), *of_loss.values()]
+        xs = all_xs(series)
+        accuracy = Panel(task, lines, xs)
+        row = [accuracy]
+        if of_loss:
+            loss = Panel(task, of_loss, xs, is_loss=True)
+            row.append(loss)
         rows.append(row)
-    return rows
+    if panels.keys() & losses.keys():
+        return rows
+    width = 3
+    if len(rows) == 4:
+        width = 2
+    shown = [row[0] for row in rows]
+    starts = range(0, len(shown), width)
+    return [shown[start : start + width] for start in starts]
 
 
 def row_inches(row: list[Panel]) -> float:
@@ -238,28 +264,30 @@ def row_inches(row: list[Panel]) -> float:
     longest = 0
     for panel in row:
         wrapped = map(wrap, panel.lines)
-        lines = sum(map(len, wrapped))
-        longest = max(longest, lines)
+        heights = map(len, wrapped)
+        longest = max(longest, sum(heights))
     return 3.3 + 0.17 * longest
 
 
-def draw_figure(pyplot: ModuleType, rows: list[list[Panel]], kind: str, form: str) -> bytes:
+def draw_figure(pyplot: ModuleType, rows: Rows, kind: str, form: str) -> bytes:
     """Draw a figure of these rows of panels; return the image file."""
-    panels = [panel for row in rows for panel in row]
+    panels = list(itertools.chain(*rows))
     styles = series_styles(panels)
-    width = max(map(len, rows))
-    heights = list(map(row_inches, rows))
-    size = (max(5, 4.4 * width), sum(heights))
-    options = {"figsize": size, "squeeze": False, "layout": "constrained"}
-    whole, grid = pyplot.subplots(len(rows), width, **options)
+    n_columns = max(map(len, rows))
+    width = max(5, 4.4 * n_columns)
+    height = sum(map(row_inches, rows))
+    options = {"figsize": (width, height), "squeeze": False, "layout": "constrained"}
+    whole, grid = pyplot.subplots(len(rows), n_columns, **options)
     for of_row, row in zip(grid, rows, strict=True):
-        for axes in of_row[len(row) :]:
-            axes.remove()
-        for axes, panel in zip(of_row, row, strict=False):
-            draw_panel(axes, panel, kind, styles)
-    series = [one for panel in panels for one in panel.lines.values()]
-    if any(one.is_ours for one in series):
-        whole.supxlabel(BARS, fontsize=8)
+        for axes, panel in itertools.zip_longest(of_row, row):
+            if panel is None:
+                axes.remove()
+            else:
+                draw_panel(axes, panel, kind, styles)
+    for panel in panels:
+        for series in panel.lines.values():
+            if series.is_ours:
+                whole.supxlabel(BARS, fontsize=8)
     image = io.BytesIO()
     whole.savefig(image, format=form, dpi=150)
     pyplot.close(whole)
@@ -292,19 +320,18 @@ def choose_panels(
     """
     ours = our_series(files, kind)
     models = set(students)
+    shown = wanted.tasks
     if not students:
         for scored in files:
             name = paper.model_name(scored.key.model)
             models.add(name)
+        shown = shown or ours.keys()
     theirs = paper_series(kind, models, wanted.methods)
     panels = {}
     for task in tasks.TASKS:
         lines = ours.get(task, {})
         lines |= theirs.get(task, {})
-        is_wanted = task in ours or students
-        if wanted.tasks:
-            is_wanted = task in wanted.tasks
-        if lines and is_wanted:
+        if lines and (not shown or task in shown):
             panels[task] = lines
     return panels
 
@@ -318,7 +345,8 @@ def drop_empty_axes(panels: Panels, kind: str) -> tuple[Panels, list[str]]:
             kept[task] = lines
             continue
         title = KINDS[kind].title
-        messages.append(f"not in the figure: {task}, where no run has a value of {title!r}")
+        message = f"not in the figure: {task}, where no run has a value of {title!r}"
+        messages.append(message)
     return kept, messages
 
 
@@ -327,22 +355,25 @@ def separate_figures(panels: Panels, out: str, asked: bool) -> dict[str, Panels]
 
     asked: tasks were named, and all of them go into one figure.
     """
-    if asked or TOY not in panels or len(panels) == 1:
-        return {out: panels}
     real = dict(panels)
-    of_toy = {TOY: real.pop(TOY)}
+    of_toy = real.pop(TOY, None)
+    if asked:
+        return {out: panels}
+    if not of_toy or not real:
+        return {out: panels}
     path = Path(out)
-    apart = path.with_stem(f"{path.stem}_{TOY}")
-    return {out: real, str(apart): of_toy}
+    name = f"{path.stem}_{TOY}"
+    apart = path.with_stem(name)
+    return {out: real, str(apart): {TOY: of_toy}}
 
 
 def plot(
     *,
     kind: str,
     out: str,
-    task: list[str] | None,
-    student: list[str] | None,
-    method: list[str] | None,
+    task: Sequence[str],
+    student: Sequence[str],
+    method: Sequence[str],
     paper: list[str],
     saved: str,
     data: str,
@@ -351,13 +382,13 @@ def plot(
 ) -> None:
     """Draw one of KINDS.  Raises UserError where there is nothing to draw, or no matplotlib."""
     if kind == "method":
-        figure.plot_method(out, saved, data, (task or [TOY])[0])
+        figure.plot_method(out, saved, data, [*task, TOY][0])
         return
     form = Path(out).suffix.lower().removeprefix(".")
     if form not in FORMATS:
         raise UserError(f"--out {out}: the name of a figure ends in .{', .'.join(FORMATS)}")
     pyplot = import_pyplot()
-    wanted = report.read_wanted(task, student, method)
+    wanted = runs.Wanted(task, student, method)
     paths = runs.saved_files(saved)
     found, skipped = runs.scored_runs(paths, data, rules, allow_partial, wanted)
     messages = [f"not in the figure: {message}" for message in skipped]
@@ -378,7 +409,8 @@ def plot(
         losses = loss_series(files)
     for path, shown in separate_figures(panels, out, bool(task)).items():
         rows = panel_rows(shown, losses)
-        write_atomic(path, draw_figure(pyplot, rows, kind, form))
+        image = draw_figure(pyplot, rows, kind, form)
+        write_atomic(path, image)
         print(f"plot: {', '.join(shown)} -> {path}")
 
 

@@ -17,7 +17,7 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,16 @@ import evaluate
 import tasks
 from extras import paper, runs
 from extras.compare import RULES_FLAG
-from extras.labels import row_labels, run_name
-from extras.runs import EVERYTHING, RunKey, ScoredFile, Wanted, saved_files, scored_runs
+from extras.runs import (
+    EVERYTHING,
+    RunKey,
+    ScoredFile,
+    Wanted,
+    row_labels,
+    run_name,
+    saved_files,
+    scored_runs,
+)
 from storage import UserError, default_folder
 from terminal import one_of
 
@@ -60,25 +68,16 @@ def last_epoch_name(last: ScoredFile) -> str:
     return "last epoch"
 
 
-def test_accuracy(scored: ScoredFile) -> float:
-    return scored.score["accuracy"]
-
-
-def validation_accuracy(scored: ScoredFile) -> float | None:
-    return scored.validation
-
-
 def chosen_epochs(epochs: list[ScoredFile]) -> dict[str, ScoredFile]:
     """Return {how it was chosen: epoch}: the last, the best on test, the best on validation."""
     last = epochs[-1]
     name = last_epoch_name(last)
     chosen = {name: last}
     if len(epochs) > 1:
-        best = max(epochs, key=test_accuracy)
+        best = max(epochs, key=lambda scored: scored.score["accuracy"])
         chosen["best test epoch (the paper's protocol)"] = best
-    accuracies = list(map(validation_accuracy, epochs))
-    if None not in accuracies:
-        best = max(epochs, key=validation_accuracy)
+    if None not in [scored.validation for scored in epochs]:
+        best = max(epochs, key=lambda scored: scored.validation)
         chosen["epoch chosen on validation"] = best
     return chosen
 
@@ -86,19 +85,20 @@ def chosen_epochs(epochs: list[ScoredFile]) -> dict[str, ScoredFile]:
 def row_cells(key: RunKey, scored: ScoredFile) -> Iterator[tuple[RunKey, Cell]]:
     """Yield the rows of one file: its accuracy and, of several answers, majority and pass@k."""
     score = scored.score
-    whole = Cell(score["accuracy"], score["low"], score["high"])
-    yield key, whole._replace(no_answer=score["no_answer"], n=score["n"])
+    whole = {name: score[name] for name in ("accuracy", "low", "high", "no_answer", "n")}
+    yield key, Cell(**whole)
     counted = scored.votes
     if not counted:
         return
     k = counted["k"]
     n = counted["questions"]
-    agreed = Cell(counted["maj"], counted["maj_low"], counted["maj_high"], n=n)
-    yield key._replace(vote=f"maj@{k}"), agreed
-    passed = counted["pass"][k]
-    right = passed / 100 * n
+    agreed = key._replace(vote=f"maj@{k}")
+    yield agreed, Cell(counted["maj"], counted["maj_low"], counted["maj_high"], n=n)
+    accuracy = counted["pass"][k]
+    right = accuracy / 100 * n
     low, high = evaluate.wilson_interval(right, n)
-    yield key._replace(vote=f"pass@{k}"), Cell(passed, low, high, n=n)
+    passed = key._replace(vote=f"pass@{k}")
+    yield passed, Cell(accuracy, low, high, n=n)
 
 
 def mean_cell(cells: Iterable[Cell]) -> Cell:
@@ -128,12 +128,12 @@ def add_mean(table: Table, group: tuple, of_seeds: list[tuple[RunKey, Cell]], ea
     if len(rows) == 1 or len(seeds) < len(rows):
         return
     common, task, *_ = group
-    mean = common._replace(seeds=tuple(sorted(seeds)))
+    in_order = sorted(seeds)
+    mean = common._replace(seeds=tuple(in_order))
     table[mean][task] = mean_cell(cells)
-    if each:
-        return
-    for row in rows:
-        del table[row][task]
+    if not each:
+        for row in rows:
+            del table[row][task]
 
 
 def collect(
@@ -177,19 +177,13 @@ def paper_value(results: paper.Results, key: RunKey, task: str) -> float | None:
     """
     if key.split != "default" or key.vote:
         return None
-    return paper.accuracy(
-        results,
-        key.model,
-        key.method,
-        key.train_key,
-        task,
-    )
+    return paper.accuracy(results, key.model, key.method, key.train_key, task)
 
 
 Line = list[str]
 Lines = list[Line]
 KEY_COLUMN = "key"  # what the files of a run are called
-TEXT_COLUMNS = ("model", "method", KEY_COLUMN)
+TEXT_COLUMNS = ("model", "method", KEY_COLUMN)  # all others hold numbers
 
 
 def row_order(key: RunKey, label: str) -> tuple:
@@ -211,18 +205,16 @@ def row_order(key: RunKey, label: str) -> tuple:
 def in_order(table: Table) -> list[tuple[RunKey, str]]:
     """Return the rows and their labels, in the order of the table."""
     labels = row_labels(table)
-    return sorted(labels.items(), key=lambda row: row_order(*row))
+    rows = labels.items()
+    return sorted(rows, key=lambda row: row_order(*row))
 
 
 def table_line(
     model: str, name: str, columns: Iterable[str], values: dict[str, str], files: str = ""
 ) -> Line:
     """Put the values of tasks into their columns, and what the files are called at the end."""
-    line = [model, name]
-    for task in columns:
-        value = values.get(task, "-")
-        line.append(value)
-    return [*line, files]
+    shown = [values.get(task, "-") for task in columns]
+    return [model, name, *shown, files]
 
 
 def row_lines(
@@ -285,26 +277,23 @@ def table_lines(table: Table, results: paper.Results) -> Lines:
         table_line("", "random guess", columns, guesses),
     ]
     for key, label in in_order(table):
-        published = published_values(results, key, table[key])
-        lines += row_lines(key, label, columns, table[key], published)
-    has_names = any(line[-1] for line in lines[1:])
-    if has_names:
+        cells = table[key]
+        published = published_values(results, key, cells)
+        lines += row_lines(key, label, columns, cells, published)
+    file_names = [line[-1] for line in lines[1:]]
+    if any(file_names):
         return lines
     return [line[:-1] for line in lines]
-
-
-def text_columns(lines: Lines) -> list[bool]:
-    """Tell of each column whether it holds names: all others hold numbers."""
-    return [head in TEXT_COLUMNS for head in lines[0]]
 
 
 def terminal(lines: Lines) -> list[str]:
     """Align columns: names to the left, numbers to the right."""
     columns = []
-    for is_text, column in zip(text_columns(lines), zip(*lines, strict=True), strict=True):
-        width = max(map(len, column))
+    for column in zip(*lines, strict=True):
+        widths = map(len, column)
+        width = max(widths)
         align = str.rjust
-        if is_text:
+        if column[0] in TEXT_COLUMNS:
             align = str.ljust
         columns.append([align(cell, width) for cell in column])
     aligned = []
@@ -314,6 +303,17 @@ def terminal(lines: Lines) -> list[str]:
     return aligned
 
 
+def alignments(lines: Lines, left: str, right: str) -> str:
+    """Return `left` for every column of text, `right` for every column of numbers."""
+    columns = ""
+    for head in lines[0]:
+        if head in TEXT_COLUMNS:
+            columns += left
+        else:
+            columns += right
+    return columns
+
+
 def markdown(lines: Lines) -> list[str]:
     """Write a table of GitHub's Markdown."""
     rows = []
@@ -321,10 +321,8 @@ def markdown(lines: Lines) -> list[str]:
         cells = [text.strip() for text in line]
         row = " | ".join(cells)
         rows.append(f"| {row} |")
-    rule = "|"
-    for is_text in text_columns(lines):
-        rule += "---|" if is_text else "--:|"
-    rows.insert(1, rule)
+    rule = alignments(lines, "---|", "--:|")
+    rows.insert(1, f"|{rule}")
     return rows
 
 
@@ -339,9 +337,7 @@ def latex(lines: Lines) -> list[str]:
             cells.append(indented)
         row = " & ".join(cells)
         rows.append(row + r" \\")
-    columns = ""
-    for is_text in text_columns(lines):
-        columns += "l" if is_text else "r"
+    columns = alignments(lines, "l", "r")
     head = r"\begin{tabular}{" + columns + "}"
     return [head, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]
 
@@ -390,8 +386,9 @@ def records(table: Table, results: paper.Results) -> list[Record]:
     found = []
     for key, label in in_order(table):
         cells = table[key]
-        columns = [task for task in tasks.TASKS if task in cells]
-        for task in columns:
+        for task in tasks.TASKS:
+            if task not in cells:
+                continue
             value = paper_value(results, key, task)
             record = make_record(key, label, task, cells[task], value)
             found.append(record)
@@ -405,12 +402,13 @@ def as_json(found: list[Record]) -> str:
 
 def as_csv(found: list[Record]) -> str:
     """Write comma-separated values with a head; what is not there is empty."""
-    columns = [name for name in found[0] if name != "flags"]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    columns = list(found[0])
+    columns.remove("flags")
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
-    return text.getvalue().rstrip("\n")
+    return file.getvalue().removesuffix("\n")
 
 
 TEXT_FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex}
@@ -436,27 +434,20 @@ def print_table(table: Table, messages: list[str], format: str = "terminal") -> 
 # ---------------- Commands of evaluate.py
 
 
-def read_wanted(
-    task: list[str] | None, student: list[str] | None, method: list[str] | None
-) -> Wanted:
-    """Return what --task, --student and --method ask for; None: everything."""
-    return Wanted(tuple(task or ()), tuple(student or ()), tuple(method or ()))
-
-
 def table(
     *,
     saved: str,
     data: str,
     rules: str,
     allow_partial: bool,
-    task: list[str] | None,
-    student: list[str] | None,
-    method: list[str] | None,
+    task: Sequence[str],
+    student: Sequence[str],
+    method: Sequence[str],
     each: bool,
     format: str,
 ) -> None:
     """Print methods x tasks, beside the paper's values.  Raises UserError where there are none."""
-    wanted = read_wanted(task, student, method)
+    wanted = Wanted(task, student, method)
     paths = saved_files(saved)
     rows, messages = collect(paths, data, rules, allow_partial, wanted, each)
     if not rows:
@@ -471,12 +462,12 @@ def table(
 def add_filter_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose among the runs in --saved: of table and plot."""
     add = parser.add_argument
-    known = {"nargs": "+", "metavar": "NAME"}
+    names = {"nargs": "+", "metavar": "NAME", "default": ()}
     task = one_of(list(tasks.TASKS))
-    add("--task", type=task, help="only these tasks (default all)", **known)
-    add("--student", help="only these models (default all)", **known)
+    add("--task", type=task, help="only these tasks (default all)", **names)
+    add("--student", help="only these models (default all)", **names)
     method = one_of([*tasks.PROMPTED, *tasks.FINE_TUNED])
-    add("--method", type=method, help="only these methods (default all)", **known)
+    add("--method", type=method, help="only these methods (default all)", **names)
 
 
 def add_saved_flags(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,8 @@ file of an earlier version does not record is a value of its own, "not recorded"
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import completions
 import evaluate
 import provenance
 import storage
+import tasks
 from extras import compare, paper
 from storage import UserError
 
@@ -87,26 +88,30 @@ Runs = dict[tuple[RunKey, str], list[ScoredFile]]  # {(run, task): its epochs in
 
 def as_pairs(values: Record) -> Pairs:
     """{"lr": 0.001, "degree": 8} -> (("degree", "8"), ("lr", "0.001"))"""
-    return tuple(sorted((name, str(value)) for name, value in values.items()))
+    texts = {name: str(value) for name, value in values.items()}
+    pairs = sorted(texts.items())
+    return tuple(pairs)
 
 
-def recorded(metadata: Record, is_student: bool) -> Record:
+def judged_part(metadata: Record) -> str:
+    """Return the part that a file is judged by: "test" of a student's, "all" of a teacher's."""
+    is_trained = metadata.get("train_key") or metadata.get("finetune_key")
+    if is_trained or metadata.get("part") == "test":
+        return "test"
+    return "all"
+
+
+def recorded(metadata: Record) -> Record:
     """Return everything that a file records of how it was made, by the names of the flags."""
     settings = metadata.get("settings") or {}
-    if not is_student:
+    if judged_part(metadata) == "all":
         return settings
     known = {}
     for name, value in settings.items():
-        known[OF_STUDENTS.get(name, name)] = value
+        flag = OF_STUDENTS.get(name, name)
+        known[flag] = value
     run = metadata.get("run") or {}
     return known | run
-
-
-def is_student_file(metadata: Record) -> bool:
-    """Tell whether the completions are a student's, which is judged by the test part."""
-    if metadata.get("train_key") or metadata.get("finetune_key"):
-        return True
-    return metadata.get("part") == "test"
 
 
 def run_seed(path: Path, known: Record) -> str:
@@ -122,14 +127,14 @@ def run_seed(path: Path, known: Record) -> str:
 
 def run_key(path: Path, metadata: Record) -> RunKey:
     """Return what run a completion file is of."""
-    is_student = is_student_file(metadata)
-    known = recorded(metadata, is_student)
-    named = IN_THE_KEY | OF_A_TASK
-    flags = {name: value for name, value in known.items() if name not in named}
-    part = "all"
+    known = recorded(metadata)
+    flags = {}
+    for name, value in known.items():
+        if name not in IN_THE_KEY and name not in OF_A_TASK:
+            flags[name] = value
+    part = judged_part(metadata)
     seed = "0"
-    if is_student:
-        part = "test"
+    if part == "test":
         seed = run_seed(path, known)
     return RunKey(
         model=metadata.get("base_model") or "?",
@@ -144,17 +149,22 @@ def run_key(path: Path, metadata: Record) -> RunKey:
 
 def run_data(metadata: Record) -> Pairs:
     """Return the hashes of what a file was made from."""
-    known = recorded(metadata, is_student_file(metadata))
-    return as_pairs({name: value for name, value in known.items() if name in OF_A_TASK})
+    known = recorded(metadata)
+    return as_pairs({name: known[name] for name in OF_A_TASK & known.keys()})
 
 
 def not_recorded(scored: ScoredFile) -> list[str]:
     """Return the flags that changed a student's result and that its file does not name."""
-    known = {*dict(scored.key.flags), *dict(scored.data), *IN_THE_KEY}
-    if scored.key.part == "all":
+    key = scored.key
+    if key.part == "all":
         return []
-    expected = provenance.flags_of(scored.key.method)
-    return [name for name in expected if name not in known and name not in NOT_ALWAYS_RECORDED]
+    known = dict(key.flags + scored.data)
+    missing = []
+    for name in provenance.flags_of(key.method):
+        if name in known or name in IN_THE_KEY or name in NOT_ALWAYS_RECORDED:
+            continue
+        missing.append(name)
+    return missing
 
 
 def varied_names(known: list[dict[str, str]]) -> list[str]:
@@ -175,9 +185,9 @@ def varied_names(known: list[dict[str, str]]) -> list[str]:
 class Wanted(NamedTuple):
     """What is asked for of a folder: empty, everything."""
 
-    tasks: tuple[str, ...] = ()
-    students: tuple[str, ...] = ()  # as the paper, the hub or a folder calls them
-    methods: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
+    students: Sequence[str] = ()  # as the paper, the hub or a folder calls them
+    methods: Sequence[str] = ()
 
 
 EVERYTHING = Wanted()
@@ -185,7 +195,8 @@ EVERYTHING = Wanted()
 
 def model_names(students: Iterable[str]) -> set[str]:
     """Return what --student names are called in files: google/flan-t5-base -> flan_t5_base."""
-    return {paper.model_name(storage.model_key(name)) for name in students}
+    keys = map(storage.model_key, students)
+    return set(map(paper.model_name, keys))
 
 
 def asked_method(metadata: Record) -> str:
@@ -196,12 +207,15 @@ def asked_method(metadata: Record) -> str:
 
 def is_wanted(metadata: Record, wanted: Wanted) -> bool:
     """Tell whether a file is of a task, student and method that are asked for."""
-    if wanted.tasks and metadata["dataset_key"] not in wanted.tasks:
+    task = metadata["dataset_key"]
+    if wanted.tasks and task not in wanted.tasks:
         return False
-    model = paper.model_name(metadata.get("base_model") or "?")
+    name = metadata.get("base_model") or "?"
+    model = paper.model_name(name)
     if wanted.students and model not in model_names(wanted.students):
         return False
-    return not wanted.methods or asked_method(metadata) in wanted.methods
+    method = asked_method(metadata)
+    return not wanted.methods or method in wanted.methods
 
 
 def describe_wanted(wanted: Wanted) -> str:
@@ -241,16 +255,17 @@ def score_file(
 def difference(data: Pairs, others: Iterable[Pairs]) -> Pairs:
     """Return the pairs of data that not all others have."""
     shared = set(data).intersection(*map(set, others))
-    return tuple(pair for pair in data if pair not in shared)
+    own = [pair for pair in data if pair not in shared]
+    return tuple(own)
 
 
 def split_equal_epochs(files: list[ScoredFile]) -> list[list[ScoredFile]]:
     """Sort the files of a run by epoch; of one epoch that is there twice each is a run itself."""
-    files = sorted(files, key=lambda scored: scored.epoch)
-    epochs = {scored.epoch for scored in files}
-    if len(epochs) == len(files):
-        return [files]
-    return [[scored] for scored in files]
+    by_epoch = {scored.epoch: scored for scored in files}
+    if len(by_epoch) < len(files):
+        return [[scored] for scored in files]
+    epochs = sorted(by_epoch)
+    return [[by_epoch[epoch] for epoch in epochs]]
 
 
 def group_runs(files: list[ScoredFile]) -> Runs:
@@ -288,14 +303,21 @@ def scored_runs(
     """
     files = []
     skipped = []
+    strangers = Counter()  # files of tasks that TASKS has no row for
     for path in paths:
         try:
             file = completions.read_completions(path)
+            task = file[0]["dataset_key"]
+            if task not in tasks.TASKS:
+                strangers[task] += 1
+                continue
             if is_wanted(file[0], wanted):
                 scored = score_file(path, file, data_dir, rules, allow_partial)
                 files.append(scored)
         except UserError as error:
             skipped.append(str(error))
+    for task, count in strangers.items():
+        skipped.append(f"{count} files of {task!r}, a task that tasks.TASKS has no row for")
     return group_runs(files), skipped
 
 
@@ -322,7 +344,23 @@ def describe_unknown(runs: Runs) -> list[str]:
 
 def saved_files(saved: str) -> list[Path]:
     """Return every completion file in the folder `saved`."""
-    return sorted(Path(saved, "completion_data").glob("B_*/*.json"))
+    folder = Path(saved, "completion_data")
+    return sorted(folder.glob("B_*/*.json"))
+
+
+def run_stem(path: Path) -> str:
+    """D_toy__T_ft__E_005.json -> D_toy__T_ft"""
+    return re.sub(r"__E_\d+$", "", path.stem)
+
+
+def epoch_files(path: Path) -> list[Path]:
+    """Return the completion files of all epochs of the run that path is of."""
+    stem = run_stem(path)
+    found = []
+    for other in sorted(path.parent.glob("*.json")):
+        if run_stem(other) == stem:
+            found.append(other)
+    return found
 
 
 # ---------------- Seeds
@@ -342,6 +380,143 @@ def seed_group(key: RunKey, epochs: list[ScoredFile]) -> tuple:
     Everything but the seed and what follows from it, the hash of the student; and the epochs that
     were evaluated, since the last or the best of others is no repetition.
     """
-    data = [pair for pair in epochs[-1].data if pair[0] != "model"]
-    numbers = [scored.epoch for scored in epochs]
-    return without_seed(key), epochs[-1].task, tuple(data), tuple(numbers)
+    last = epochs[-1]
+    data = dict(last.data)
+    data.pop("model", None)
+    numbers = tuple(scored.epoch for scored in epochs)
+    return without_seed(key), last.task, as_pairs(data), numbers
+
+
+# ---------------- What a run is called: what it was made with, in words
+
+USUAL = {"degree": "1", "split": "default", "seed": "0"}  # named wherever a run has another value
+USUAL |= {"teacher_method": "zs_cot", "label_style": "token", "rationale": "content"}
+USUAL |= {name: str(value) for name, (value, _) in provenance.CURATION.items()}
+USUAL |= {"validation": "0.0"}
+# named wherever the rows of a model and method do not all agree
+COMPARED = ("degree", "split", "seed", "teacher", "lr", "batch_size", "epochs")
+
+
+def in_words(name: str, value: str) -> str:
+    """('degree', '2') -> 'D = 2'; ('split', 'few_shot_32') -> 'few-shot 32'; else 'lr 0.001'"""
+    if name == "degree":
+        return f"D = {value}"
+    if name == "split" and value.startswith("few_shot_"):
+        size = value.removeprefix("few_shot_")
+        return f"few-shot {size}"
+    spaced = name.replace("_", " ")
+    if value == "True":
+        return spaced
+    return f"{spaced} {value}"
+
+
+def is_usual(name: str, value: str) -> bool:
+    """Tell whether a setting need not be named even where rows differ in it: 'filter right'."""
+    if name in COMPARED:
+        return False
+    return USUAL.get(name) == value
+
+
+def named_values(key: RunKey) -> dict[str, str]:
+    """Return {name: value} of everything that a row is known by."""
+    values = {}
+    for name, value in key._asdict().items():
+        values[name] = str(value)
+    del values["flags"]
+    del values["data"]
+    values["seeds"] = " ".join(key.seeds)
+    values |= dict(key.flags)
+    values |= dict(key.data)
+    return values
+
+
+def setting_words(key: RunKey, varied: Iterable[str]) -> list[str]:
+    """Return the settings of a row that are unusual, or of COMPARED and vary between rows."""
+    values = named_values(key)
+    if key.seeds:
+        del values["seed"]  # a mean has none
+    compared = [name for name in COMPARED if name in varied]
+    words = []
+    for name in dict.fromkeys([*USUAL, *COMPARED]):
+        if name not in values:
+            continue
+        value = values[name]
+        usual = USUAL.get(name, value)
+        if name in compared or value != usual:
+            words.append(in_words(name, value))
+    return words
+
+
+def row_label(key: RunKey, varied: Iterable[str] = ()) -> str:
+    """'ft_cot, D = 2, last epoch', 'zs_cot, all questions': a row's name where that is enough."""
+    parts = [key.method, *setting_words(key, varied)]
+    if key.part == "all":
+        parts.append("all questions")
+    if key.samples > 1:
+        parts.append(f"{key.samples} samples a question")
+    if key.epoch:
+        parts.append(key.epoch)
+    if key.vote:
+        parts.append(key.vote)
+    if key.seeds:
+        parts.append(f"mean of {len(key.seeds)} seeds")
+    return ", ".join(parts)
+
+
+Labels = dict[RunKey, str]
+
+
+def words_of(values: dict[str, str], names: list[str]) -> str:
+    """({"lr": "0.001", "seed": "1"}, ["lr", "seed"]) -> ', lr 0.001, seed 1'"""
+    text = ""
+    for name in names:
+        value = values.get(name, NOT_RECORDED)
+        words = in_words(name, value)
+        text += f", {words}"
+    return text
+
+
+def differences(keys: list[RunKey]) -> Labels:
+    """Return of each row ', schedule cosine': the names in which not all rows agree.
+
+    What the files are called is one of these only where the settings do not tell the rows apart.
+    """
+    known = {key: named_values(key) for key in keys}
+    varied = varied_names(list(known.values()))
+    settings = [name for name in varied if name != "train_key"]
+    texts = {key: words_of(known[key], settings) for key in keys}
+    different = set(texts.values())
+    if len(different) < len(keys):
+        texts = {key: words_of(known[key], varied) for key in keys}
+    return texts
+
+
+def row_labels(keys: Iterable[RunKey]) -> Labels:
+    """Label rows; of rows of a model that would read the same, name what differs.
+
+    zs on two splits -> 'zs, split default' and 'zs, split template'
+    """
+    methods = defaultdict(list)
+    for key in keys:
+        methods[key.model, key.method].append(key)
+    labels = {}
+    for of_method in methods.values():
+        known = [named_values(key) for key in of_method]
+        varied = varied_names(known)
+        namesakes = defaultdict(list)
+        for key in of_method:
+            label = row_label(key, varied)
+            namesakes[label].append(key)
+        for label, same in namesakes.items():
+            more = differences(same)
+            for key in same:
+                labels[key] = label + more[key]
+    return labels
+
+
+def run_name(key: RunKey) -> str:
+    """Return what the files of a run are called; "" where that is its method alone."""
+    name = key.train_key or ""
+    if name == key.method:
+        return ""
+    return name

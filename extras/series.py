@@ -9,13 +9,12 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from extras import page, paper, runs, training_data
-from extras.labels import in_words, is_usual
-from extras.runs import NOT_RECORDED, ScoredFile
+from extras.runs import NOT_RECORDED, ScoredFile, is_usual, words_of
 
 
 class Kind(NamedTuple):
@@ -41,16 +40,18 @@ KINDS = {
 }
 METHOD_NAMES = {name: method for method, name in paper.METHODS.items()}
 Band = tuple[float, float, float]  # middle, low, high of a point, in %
+Bands = dict[Any, Band]  # {x: band}
 
 
 class Series(NamedTuple):
     """A line of a figure; the x None is of a run that has no x (ft has no degree)."""
 
     is_ours: bool
-    points: dict[Any, Band]
+    points: Bands
 
 
-Panels = dict[str, dict[str, Series]]  # {task: {name: series}}
+Lines = dict[str, Series]  # by name
+Panels = dict[str, Lines]  # by task
 
 
 def all_xs(lines: Iterable[Series]) -> list[Any]:
@@ -90,18 +91,20 @@ def model_series(model: str) -> str:
 def make_point(scored: ScoredFile, kind: str) -> Point:
     """Return a run as a point of a figure."""
     key = scored.key
-    axis = KINDS[kind].axis
     model = key.model
     if kind == "student":
         model = model_series(model)
-    run = dict(scored.score["run"])
-    run["epoch"] = scored.score["epoch"]
     known = {"model": model, "method": key.method}
     known |= dict(key.flags)
     known["split"] = key.split
     known["epoch"] = str(scored.epoch)
+    axis = KINDS[kind].axis
     known.pop(axis, None)
-    x = run.get(axis)
+    if axis == "epoch":
+        x = scored.score["epoch"]
+    else:
+        run = scored.score["run"]
+        x = run.get(axis)
     return Point(x, known, scored)
 
 
@@ -149,9 +152,10 @@ def are_seeds(points: Points) -> bool:
     seeds = set()
     for point in points:
         scored = point.scored
-        group = runs.seed_group(scored.key, [scored])
+        key = scored.key
+        group = runs.seed_group(key, [scored])
         groups.add(group)
-        seeds.add(scored.key.seed)
+        seeds.add(key.seed)
     return len(groups) == 1 and len(seeds) == len(points)
 
 
@@ -184,14 +188,12 @@ def series_name(known: Known, varied: list[str]) -> str:
     """Return 'gpt2 ft_cot, lr 0.001': model, method, and the flags that vary and are not usual."""
     model = known["model"]
     method = known["method"]
-    text = f"{model} {method}"
+    names = []
     for flag in varied:
         value = known.get(flag, NOT_RECORDED)
-        if is_usual(flag, value):
-            continue
-        words = in_words(flag, value)
-        text += f", {words}"
-    return text
+        if not is_usual(flag, value):
+            names.append(flag)
+    return f"{model} {method}{words_of(known, names)}"
 
 
 def series_names(points: Points) -> Named:
@@ -205,7 +207,8 @@ def series_names(points: Points) -> Named:
         methods[name].append(point)
     named = defaultdict(list)
     for group in methods.values():
-        varied = runs.varied_names([point.known for point in group])
+        known = [point.known for point in group]
+        varied = runs.varied_names(known)
         for point in group:
             name = series_name(point.known, varied)
             named[name].append(point)
@@ -223,9 +226,9 @@ def spread_band(values: list[float], highest: float) -> Band:
     spread = 0.0
     if len(values) > 1:
         spread = statistics.stdev(values)
-    low = middle - spread
-    high = middle + spread
-    return middle, max(0, low), min(highest, high)
+    low = max(0, middle - spread)
+    high = min(highest, middle + spread)
+    return middle, low, high
 
 
 def band(points: Points) -> Band:
@@ -234,51 +237,54 @@ def band(points: Points) -> Band:
     for point in points:
         score = point.scored.score
         accuracies.append(score["accuracy"])
-    if len(points) == 1:
-        return score["accuracy"], score["low"], score["high"]
-    return spread_band(accuracies, 100)
+    if len(accuracies) > 1:
+        return spread_band(accuracies, 100)
+    return score["accuracy"], score["low"], score["high"]
 
 
-def points_of_series(files: Files, kind: str) -> dict[str, Named]:
-    """Return {task: {name of a series: its points}}."""
+def accuracy_by_x(points: Points) -> Bands:
+    """Return {x: accuracy} of the points of a series: seeds are one point."""
+    by_x = points_by_x(points)
+    bands = {}
+    for x, of_x in by_x.items():
+        bands[x] = band(of_x)
+    return bands
+
+
+def make_series(files: Files, kind: str, bands_of: Callable[[Points], Bands]) -> Panels:
+    """Return the runs as series of these bands; a series that has none is left out."""
     by_task = defaultdict(list)
     for scored in files:
         point = make_point(scored, kind)
         by_task[scored.task].append(point)
-    named = {}
+    panels = defaultdict(dict)
     for task, points in by_task.items():
         shown = drop_followers(points, kind)
-        named[task] = series_names(shown)
-    return named
-
-
-def accuracy_by_x(points: Points) -> dict[Any, Band]:
-    """Return {x: accuracy} of the points of a series: seeds are one point."""
-    by_x = points_by_x(points)
-    return {x: band(of_x) for x, of_x in by_x.items()}
+        named = series_names(shown)
+        for name, of_series in named.items():
+            bands = bands_of(of_series)
+            if bands:
+                panels[task][name] = Series(True, bands)
+    return dict(panels)
 
 
 def our_series(files: Files, kind: str) -> Panels:
     """Return the runs as series: runs that differ in x are points of one, in seed one point."""
-    panels = defaultdict(dict)
-    by_task = points_of_series(files, kind)
-    for task, named in by_task.items():
-        for name, points in named.items():
-            bands = accuracy_by_x(points)
-            panels[task][name] = Series(True, bands)
-    return dict(panels)
+    return make_series(files, kind, accuracy_by_x)
 
 
 def is_log_of(student: Path, scored: ScoredFile) -> bool:
     """Tell whether a student's folder is of the run that a file is of, not of one made since."""
-    known = dict(scored.key.flags)
+    key = scored.key
+    known = dict(key.flags)
     known |= dict(scored.data)
-    known["seed"] = scored.key.seed
+    known["seed"] = key.seed
     settings = training_data.read_settings(student)
     settings.pop("student", None)  # there a hash, in a completion file the flag
     for name, value in settings.items():
-        text = str(value)[:16]  # of a hash that is what a completion file has
-        if known.get(name, text) != text:
+        text = str(value)
+        start = text[:16]  # of a hash that is what a completion file has
+        if known.get(name, start) != start:
             return False
     return True
 
@@ -286,26 +292,27 @@ def is_log_of(student: Path, scored: ScoredFile) -> bool:
 def logged_losses(scored: ScoredFile) -> dict[int, float]:
     """Return {epoch: training loss} of the run that a file is of; {} where its log is gone."""
     key = scored.key
-    metadata = {"dataset_key": scored.task}
-    metadata["base_model"] = key.model
-    metadata["train_key"] = key.train_key
+    metadata = {
+        "dataset_key": scored.task,
+        "base_model": key.model,
+        "train_key": key.train_key,
+    }
     path = Path(scored.score["file"])
-    beside = training_data.run_files(path, metadata, str(path.parent))
-    student = beside.student
-    if student is None or not is_log_of(student, scored):
+    files = training_data.run_files(path, metadata, str(path.parent))
+    if files.student is None or not is_log_of(files.student, scored):
         return {}
-    _, losses = page.read_log(student)
+    _, losses = page.read_log(files.student)
     return dict(losses)
 
 
-def mean_losses(points: Points) -> dict[int, Band]:
+def mean_losses(points: Points) -> Bands:
     """Return {epoch: loss} of the runs of a series, which are seeds of one another."""
-    runs_of_series = {}
+    by_run = {}
     for point in points:
         name = point.scored.key.train_key
-        runs_of_series[name] = point.scored
+        by_run[name] = point.scored
     by_epoch = defaultdict(list)
-    for scored in runs_of_series.values():
+    for scored in by_run.values():
         losses = logged_losses(scored)
         for epoch, loss in losses.items():
             by_epoch[epoch].append(loss)
@@ -317,14 +324,7 @@ def mean_losses(points: Points) -> dict[int, Band]:
 
 def loss_series(files: Files) -> Panels:
     """Return the training losses in log.jsonl, by epoch, under the names of our_series."""
-    panels = defaultdict(dict)
-    by_task = points_of_series(files, "curves")
-    for task, named in by_task.items():
-        for name, points in named.items():
-            losses = mean_losses(points)
-            if losses:
-                panels[task][name] = Series(True, losses)
-    return dict(panels)
+    return make_series(files, "curves", mean_losses)
 
 
 def paper_point(row: dict[str, str], kind: str) -> tuple[str, Any]:
@@ -332,14 +332,15 @@ def paper_point(row: dict[str, str], kind: str) -> tuple[str, Any]:
     table = row["table"]
     model = row["model"]
     if kind == "student" and table.endswith("_students"):
+        family = table.removesuffix("_students")
         millions = paper.SIZES.get(model, 0)
-        return table.removesuffix("_students"), 1e6 * millions
+        return family, 1e6 * millions
     figure = KINDS[kind]
     if not table.startswith(figure.table):
         return "", ""
     x = row[figure.column]
     if x and kind != "teacher":
-        return model, float(x)
+        x = float(x)
     return model, x
 
 
@@ -350,18 +351,22 @@ def paper_series(kind: str, models: set[str], methods: Iterable[str] = ()) -> Pa
     """
     panels = defaultdict(dict)
     for row in paper.read_rows():
-        if row["model"] not in models or row["method"] not in METHOD_NAMES:
+        method = METHOD_NAMES.get(row["method"])
+        if method is None:
+            continue
+        if row["model"] not in models:
+            continue
+        plain, _, _ = method.partition(" ")  # ft_cot of "ft_cot diverse"
+        if methods and plain not in methods:
             continue
         model, x = paper_point(row, kind)
         if not x:
             continue
-        method = METHOD_NAMES[row["method"]]
-        plain, _, _ = method.partition(" ")  # ft_cot of "ft_cot diverse"
-        if methods and plain not in methods:
-            continue
         name = f"paper: {model} {method}"
-        lines = panels[row["dataset"]]
-        series = lines.setdefault(name, Series(False, {}))
+        task = row["dataset"]
+        empty = Series(False, {})
+        series = panels[task].setdefault(name, empty)
         accuracy = float(row["accuracy"])
-        series.points[x] = (accuracy, accuracy, accuracy)
+        no_spread = (accuracy, accuracy, accuracy)
+        series.points[x] = no_spread
     return dict(panels)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import provenance
 import storage
 import tasks
 from extras import report
+from extras.runs import epoch_files
 from storage import Interrupted, UserError
 from terminal import one_of
 
@@ -212,16 +212,13 @@ def run_cells(
             left_out.append(f"{name}: {error}")
     if results and ranks.is_rank0:
         print("\nAccuracy on the test part, %:\n")
-        paths = [path for result in results for path in epoch_files(result["file"])]
-        report.print_table(*report.collect(dict.fromkeys(paths), data_dir))
+        paths = {}
+        for result in results:
+            path = Path(result["file"])
+            paths |= dict.fromkeys(epoch_files(path))
+        table, messages = report.collect(paths, data_dir)
+        report.print_table(table, messages)
     if left_out:
         raise UserError(
             f"{len(left_out)} of {len(cells)} cells were left out; the first: {left_out[0]}"
         )
-
-
-def epoch_files(path: str | Path) -> list[Path]:
-    """Return the completion files of all epochs of the training run that path is of."""
-    path = Path(path)
-    run = re.sub(r"__E_\d+", "", path.name)
-    return sorted(p for p in path.parent.iterdir() if re.sub(r"__E_\d+", "", p.name) == run)

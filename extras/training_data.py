@@ -7,6 +7,7 @@ page (extras/page.py) and the method's figure (extras/figure.py).
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,18 +33,21 @@ class RunFiles(NamedTuple):
 def run_files(path: Path, metadata: Record, saved: str) -> RunFiles:
     """Return the files beside a completion file, which stands in the folder completion_data."""
     root = Path(saved)
-    if path.resolve().parent.parent.name == "completion_data":
-        root = path.resolve().parent.parent.parent
-    train_key = metadata.get("train_key")
+    folder = path.resolve().parent.parent
+    if folder.name == "completion_data":
+        root = folder.parent
     student = None
+    train_key = metadata.get("train_key")
     if train_key:
-        name = f"D_{metadata['dataset_key']}__T_{train_key}"
-        student = root / "models" / f"B_{metadata.get('base_model')}" / name
-    finetune_key = metadata.get("finetune_key")
+        of_model = f"B_{metadata.get('base_model')}"
+        of_run = f"D_{metadata['dataset_key']}__T_{train_key}"
+        student = root / "models" / of_model / of_run
     finetune_data = None
-    if finetune_key:
-        curated = Path(root, "finetune_data").glob(f"P_*/F_{finetune_key}.json")
-        finetune_data = find_finetune_data(sorted(curated), student)
+    if metadata.get("finetune_key"):
+        pattern = f"P_*/F_{metadata['finetune_key']}.json"
+        data_root = root / "finetune_data"
+        curated = sorted(data_root.glob(pattern))
+        finetune_data = find_finetune_data(curated, student)
     return RunFiles(root, student, finetune_data)
 
 
@@ -61,9 +65,13 @@ def find_finetune_data(curated: list[Path], student: Path | None) -> Path | None
 
 def read_settings(student: Path | None) -> Record:
     """Return the settings in a student's run.json; {} where there is none."""
-    if student is None or not (student / "run.json").exists():
+    if student is None:
         return {}
-    return storage.read_json(student / "run.json").get("settings") or {}
+    path = student / "run.json"
+    if not path.exists():
+        return {}
+    run = storage.read_json(path)
+    return run.get("settings") or {}
 
 
 class Curated(NamedTuple):
@@ -82,15 +90,16 @@ def read_curated(path: Path, task: str, saved: Path) -> Curated:
     note = curation.read_note(path)
     settings = note.get("settings") or {}
     data = storage.read_finetune_data(path)
-    family = path.parent.name.removeprefix("P_")
-    teacher = None
-    metadata = {}
-    rows = []
-    for file in sorted(Path(saved, "completion_data").glob(f"B_*/D_{task}.json")):
-        if storage.file_sha256(file) == settings.get("source"):
-            teacher = file
-            metadata, rows = read_completions(file, task)
-    return Curated(settings, data, family, teacher, metadata, rows)
+    folder = path.parent.name
+    family = folder.removeprefix("P_")
+    source = settings.get("source")
+    completion_data = saved / "completion_data"
+    teachers = completion_data.glob(f"B_*/D_{task}.json")
+    for teacher in sorted(teachers):
+        if storage.file_sha256(teacher) == source:
+            metadata, rows = read_completions(teacher, task)
+            return Curated(settings, data, family, teacher, metadata, rows)
+    return Curated(settings, data, family, teacher=None, metadata={}, rows=[])
 
 
 def why_dropped(row: Completion, verdict: tasks.Verdict) -> str:
@@ -104,13 +113,12 @@ def why_dropped(row: Completion, verdict: tasks.Verdict) -> str:
     return "left out by a filter (settings)"
 
 
-def sample_places(data: storage.FinetuneData) -> dict[tuple[int, str], list[int]]:
-    """Return {(sample_index, label): positions in the fine-tuning file, the last first}."""
-    places = defaultdict(list)
-    samples = zip(data["sample_index"], data["label"], strict=True)
-    for position, sample in enumerate(samples):
-        places[sample].insert(0, position)
-    return places
+def positions_of(values: Iterable[Hashable]) -> dict[Any, list[int]]:
+    """["a", "b", "a"] -> {"a": [0, 2], "b": [1]}"""
+    positions = defaultdict(list)
+    for position, value in enumerate(values):
+        positions[value].append(position)
+    return positions
 
 
 def judge_rationales(curated: Curated, task: str, train: set[int], validation: set[int]) -> Record:
@@ -124,29 +132,44 @@ def judge_rationales(curated: Curated, task: str, train: set[int], validation: s
     template = curated.metadata.get("prediction_template")
     grade = tasks.make_grader(task, template, settings.get("rules", "paper"))
     degree = settings.get("degree", 1)
-    places = sample_places(curated.data)
+    samples = zip(curated.data["sample_index"], curated.data["label"], strict=True)
+    positions = positions_of(samples)
     judged = defaultdict(list)
     for row in curated.rows:
         i = row["sample_index"]
         verdict = grade(row["completion"], row["answer"])
-        rationale = tasks.rationale_of(row)
-        texts = (row["question"], rationale, row["answer"])
-        label = tasks.format_sample(settings["template"], curated.family, *texts)[1]
-        found = places.get((i, storage.replace_lone_surrogates(label)))
+        found = positions[i, label_of(row, curated)]
+        kept = None
+        position = -1
         if i in validation:
-            judged[i].append([None, "held out for validation", -1])
+            why = "held out for validation"
         elif i not in train:
-            judged[i].append([None, "a test question: never learnt from", -1])
+            why = "a test question: never learnt from"
         elif row["completion_index"] >= degree:
-            judged[i].append([None, f"not looked at: this run takes the first {degree}", -1])
+            why = f"not looked at: this run takes the first {degree}"
         elif found:
+            kept = 1
+            position = found.pop(0)
             why = "its answer is right"
             if not verdict.correct:
                 why = "kept though its answer is not right"
-            judged[i].append([1, why, found.pop()])
         else:
-            judged[i].append([0, why_dropped(row, verdict), -1])
+            kept = 0
+            why = why_dropped(row, verdict)
+        judged[i].append([kept, why, position])
     return dict(judged)
+
+
+def label_of(row: Completion, curated: Curated) -> str:
+    """Return the label that a rationale becomes in the fine-tuning file, if it is kept."""
+    _, label = tasks.format_sample(
+        curated.settings["template"],
+        curated.family,
+        row["question"],
+        tasks.rationale_of(row),
+        row["answer"],
+    )
+    return storage.replace_lone_surrogates(label)
 
 
 def token_texts(tokenizer: Any, ids: set[int]) -> dict[int, str]:
@@ -163,31 +186,47 @@ def token_texts(tokenizer: Any, ids: set[int]) -> dict[int, str]:
     return texts
 
 
-def tokenize_samples(curated: Curated, positions: list[int], files: RunFiles) -> Record:
-    """Return the tokens of these samples, as training reads them, by the student's tokenizer.
+def tokenize_samples(curated: Curated, shown: dict[int, list[int]], files: RunFiles) -> Record:
+    """Return the tokens of samples, as training reads them, by the student's tokenizer.
 
-    {"samples": {position: [prompt ids, label ids]}, "vocabulary": {id: text}}; where the student's
-    folder is gone, "texts": {position: [prompt, label]} and "note", a sentence.
+    shown: {sample_index: positions of its samples}.  Returns {"samples": {position: [prompt ids,
+    label ids]}, "vocabulary": {id: text}}; where the student's folder is gone, "texts": {position:
+    [prompt, label]} and "note", a sentence.
     """
-    prompts = [curated.data["input"][i] for i in positions]
-    labels = [curated.data["label"][i] for i in positions]
+    prompts = curated.data["input"]
+    labels = curated.data["label"]
+    texts = {}
+    for positions in shown.values():
+        for i in positions:
+            texts[i] = [prompts[i], labels[i]]
     folder = files.student
-    if folder is None or not (folder / "tokenizer_config.json").exists():
-        texts = zip(prompts, labels, strict=True)
+    if not has_tokenizer(folder):
         note = f"no tokens: the student's folder {folder} is not there"
-        return {"note": note, "texts": dict(zip(positions, texts, strict=True))}
+        return {"note": note, "texts": texts}
     from tokens import tokenize
 
     tokenizer, max_length, positions_of_model = read_student(folder)
     # sample_index is the place in the file, so that a sample knows it
-    data = storage.FinetuneData(sample_index=positions, input=prompts, label=labels)
+    data = storage.FinetuneData(sample_index=list(texts), input=[], label=[])
+    for prompt, label in texts.values():
+        data["input"].append(prompt)
+        data["label"].append(label)
     samples, _ = tokenize(tokenizer, curated.family, data, max_length, positions_of_model)
     tokens = {}
     ids = set()
     for sample in samples:
         tokens[sample.sample_index] = [sample.prompt, sample.label]
         ids.update(sample.prompt, sample.label)
-    return {"samples": tokens, "vocabulary": token_texts(tokenizer, ids)}
+    vocabulary = token_texts(tokenizer, ids)
+    return {"samples": tokens, "vocabulary": vocabulary}
+
+
+def has_tokenizer(folder: Path | None) -> bool:
+    """Tell whether a student's folder is there."""
+    if folder is None:
+        return False
+    path = folder / "tokenizer_config.json"
+    return path.exists()
 
 
 def read_student(folder: Path) -> tuple[Any, int, Positions]:
@@ -198,17 +237,9 @@ def read_student(folder: Path) -> tuple[Any, int, Positions]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, *storage.UNREADABLE) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = storage.one_line(error)
         raise UserError(f"the tokenizer in {folder} cannot be read: {reason}") from None
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     settings = read_settings(folder)
-    return tokenizer, settings.get("max_length", 512), count_positions(config)
-
-
-def samples_of_questions(data: storage.FinetuneData, shown: set[int]) -> dict[int, list[int]]:
-    """Return {sample_index: positions of its samples in the fine-tuning file}."""
-    positions = defaultdict(list)
-    for position, index in enumerate(data["sample_index"]):
-        if index in shown:
-            positions[index].append(position)
-    return dict(positions)
+    max_length = settings.get("max_length", 512)
+    return tokenizer, max_length, count_positions(config)

@@ -6,6 +6,7 @@ need it are skipped without it.  Everything else is made here: no network, no GP
 
 import collections
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks of a test would want two GP
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # more slow tiny models down, and cannot be forked
+# a shell starts what it runs in the background with Ctrl-C ignored, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not (ROOT / "extras").is_dir():
     collect_ignore = ["extras", "test_readme.py"]  # the tests of what was deleted, or describes it
 
@@ -510,6 +513,61 @@ def tiny_family(model_type: str, **changes: Any) -> Any:
     return model
 
 
+# ---- extras for GPUs
+
+
+def replay_graphs_on_the_cpu(monkeypatch, graphs):
+    """Let the class extras.gpu_graphs.Graphs record operations and repeat them, as a GPU does.
+
+    Numbers come from the same tensors, whatever Python would read by then.  As on a GPU, nothing
+    that is recorded may ask the host or bring data from it.
+    """
+    import contextlib
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Recording(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+            self.is_done = True  # a GPU would not have run them yet
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            assert name not in {"_local_scalar_dense", "nonzero", "lift_fresh", "equal"}
+            result = function(*args, **(kwargs or {}))
+            self.calls.append((function, args, kwargs or {}, result))
+            return result
+
+        def replay(self):
+            if self.is_done:
+                self.is_done = False
+                return
+            with torch.no_grad():
+                for function, args, kwargs, result in self.calls:
+                    again = function(*args, **kwargs)
+                    for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                        if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
+                            old.copy_(new)
+
+    def capture(self, work):
+        recording = Recording()
+        with recording:
+            work()
+        return recording
+
+    def start(self, device, work):
+        self.device, self.work, self.graphs, self.is_used = device, work, {}, True
+
+    monkeypatch.setattr(graphs, "__init__", start)
+    monkeypatch.setattr(graphs, "on_stream", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "copy_in", lambda self, target, source: target.copy_(source))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+
+
 # ---- train_loop: data, oracle, ranks
 
 
@@ -572,12 +630,25 @@ def hugging_face_loss_and_gradients(model, samples):
     return loss.item(), gradients
 
 
+def tokenized(samples):
+    """A list of samples as a fine-tuning file has them."""
+    import numpy as np
+
+    from tokens import TokenizedSamples
+
+    texts = []
+    rows = []
+    for sample in samples:
+        rows.append([sample.sample_index, len(texts), len(texts) + 1])
+        texts += [sample.prompt, sample.label]
+    return TokenizedSamples.from_texts(texts, np.array(rows))
+
+
 def prepare_training(model, samples, config):
     """train_loop.prepare_training of a list of samples, on one rank."""
     import train_loop
-    from tokens import TokenizedSamples
 
-    samples = TokenizedSamples.from_samples(samples)
+    samples = tokenized(samples)
     start_token = decoder_start_of(model)
     return train_loop.prepare_training(model, samples, start_token, config, one_rank())
 
@@ -682,28 +753,71 @@ def train_command(folder, data, out, *flags):
     return [*stage, "--student", folder, "--finetune_data", data, "--out", out, *flags]
 
 
-RANKS_SCRIPT = """
-import ast, os, sys; sys.path[:0] = ["tests", "."]
-from pathlib import Path
-import torch
-import distributed
-import storage
-from conftest import start_training, tiny_model, tiny_tokenizer, toy_data
-ranks = distributed.init_ranks(torch.device("cpu"))
-for name, (kind, changes) in ast.literal_eval(sys.argv[2]).items():
-    stop = changes.pop("stop_after", 0)
-    for part in ("first", "second") if stop else ("whole",):
-        tokenizer = tiny_tokenizer(bos=kind == "llama")
-        out = Path(sys.argv[1]) / name
-        run = tiny_model(kind), tokenizer, out, toy_data(18), ranks
-        run = start_training(*run, epochs=7, **changes)
-        for epoch in run:
-            if part == "first" and epoch == stop:
-                break
-sys.stdout.flush()
-torch.distributed.barrier()
-os._exit(0)  # past torch's threads: one of them may abort a process that ends
-"""
+def fork_ranks(n_ranks: int, function: Callable[[], None], folder: Path) -> str:
+    """Call a function in as many ranks, and return what they print.
+
+    They are forks of this process, which holds torch, and have the environment that torchrun makes.
+    """
+    import socket
+
+    if sys.platform == "darwin":
+        pytest.skip("macOS may end a fork of a process that holds torch")
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    world = {"WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    log = folder / "ranks.log"
+    log.unlink(missing_ok=True)
+    pids = []
+    for rank in range(n_ranks):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            be_rank(world | {"RANK": rank, "LOCAL_RANK": rank}, function, log)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    output = log.read_text()
+    assert ended == [0] * n_ranks, output
+    return output
+
+
+def be_rank(environment: dict[str, Any], function: Callable[[], None], log: Path) -> None:
+    """Call a function in this fork of the tests, and end it."""
+    import traceback
+
+    import torch
+
+    status = 1
+    try:
+        signal.alarm(240)  # of a rank that waits for one that is no more
+        torch.set_num_threads(1)  # the threads of the process that was forked are not here
+        os.environ |= {name: str(value) for name, value in environment.items()}
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # past torch's threads: one of them may abort a process that ends
+
+
+def train_as_rank(runs: dict[str, tuple[str, dict]], folder: Path) -> None:
+    """Train each of runs, or `parts` of it; by default the whole, with stop_after both parts."""
+    import torch
+
+    import distributed
+
+    ranks = distributed.init_ranks(torch.device("cpu"))
+    for name, (kind, changes) in runs.items():
+        settings = dict(changes)
+        stop = settings.pop("stop_after", 0)
+        parts = ("first", "second") if stop else ("whole",)
+        for part in settings.pop("parts", parts):
+            model = tiny_model(kind), tiny_tokenizer(bos=kind == "llama")
+            run = start_training(*model, folder / name, toy_data(18), ranks, epochs=7, **settings)
+            for epoch in run:
+                if part == "first" and epoch == stop:
+                    break
+    distributed.wait_for_all(ranks)
 
 
 def assert_ranks_equal_one_process(n_ranks, runs, folder):
@@ -711,14 +825,21 @@ def assert_ranks_equal_one_process(n_ranks, runs, folder):
 
     18 samples in batches of 8: the last has 2, so that of 3 ranks one has none.
     """
-    from safetensors.torch import load_file
-
-    (folder / "script.py").write_text(RANKS_SCRIPT)
-    process = torchrun(n_ranks, folder / "script.py", folder, repr(runs))
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    output = train_on_ranks(n_ranks, runs, folder)
     resumed = sum("stop_after" in changes for _, changes in runs.values())
     assert output.count("batch 8 =") == len(runs) + resumed  # only one rank talks
+    assert_equal_one_process(runs, folder)
+
+
+def train_on_ranks(n_ranks, runs, folder):
+    """-> what they print."""
+    return fork_ranks(n_ranks, lambda: train_as_rank(runs, folder), folder)
+
+
+def assert_equal_one_process(runs, folder):
+    """Compare what ranks left in the folder with one process."""
+    from safetensors.torch import load_file
+
     for name, (kind, changes) in runs.items():
         one = folder / f"{name}, one process"
         kept = {k: v for k, v in changes.items() if k == "max_grad_norm"}
@@ -749,7 +870,7 @@ def report_toy(monkeypatch):
 def answers_file(
     saved: Path,
     right: Callable[[int, int], bool | None],
-    name: str = "D_toy__T_ft_cot__E_001",
+    name: str | None = None,
     model: str = "m",
     many: int = 1,
     indices: Iterable[int] | None = None,
@@ -757,6 +878,7 @@ def answers_file(
 ) -> Path:
     """Write a completion file on the small toy, of a student unless metadata say otherwise.
 
+    name: by default that of the student's epoch, D_toy__T_ft_cot__E_001 and the like.
     right(place, k): whether answer k of `many` to the question at that place of indices (default:
     the test part) is right; None: it is unreadable.
     """
@@ -785,8 +907,11 @@ def answers_file(
         "part": "test",
         "prediction_template": "ft_cot_token",
     }
+    known |= metadata
+    if name is None:
+        name = f"D_toy__T_{known['train_key']}__E_{known['epoch']:03d}"
     path = saved / "completion_data" / f"B_{model}__C_ft_cot" / f"{name}.json"
-    storage.write_json(path, {"metadata": known | metadata, "data": data})
+    storage.write_json(path, {"metadata": known, "data": data})
     return path
 
 

@@ -199,6 +199,28 @@ def test_handle_refusal_in_200(server, ask, code):
     assert len(server.asked()) <= 8 + 4
 
 
+FLAGGED = {  # openrouter.ai, errors and debugging: moderation errors
+    "code": 403,
+    "message": "model requires moderation: your input was flagged",
+    "metadata": {
+        "reasons": ["violence"],
+        "flagged_input": "q",
+        "provider_name": "p",
+        "model_slug": "m",
+    },
+}
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_handle_refusal_flagged(server, ask, status):
+    """A question that a moderator flags is refused alone; the others are answered."""
+    first_time(server, Reply(status, {"error": FLAGGED}), of=2)
+    assert "requests failed" in ask(*PRICES)[0]
+    total = len(server.asked())
+    assert len(storage.read_jsonl(ask.journal)) == total - 2
+    assert len(storage.read_jsonl(ask.failures)) == 2
+
+
 def test_handle_refusal_429_in_200(server, ask):
     """A 429 in a 200 makes all workers pause, and is no attempt."""
     first_time(server, Reply(body={"error": {"code": 429, "message": "slow"}}), of=4)
@@ -525,17 +547,15 @@ def test_spent_equals_bill(server, ask, monkeypatch, requests):
 
 
 def start(
-    server: ApiServer, saved: Path, *flags: object, limit: int | None = None
+    server: ApiServer, saved: Path, *flags: object, after: str = "true"
 ) -> subprocess.Popen[str]:
-    """Start the command line on toy questions; limit: kilobytes that a file may have."""
+    """Start the command line on toy questions; after: a command of the shell before it."""
     command = ["finetune_cot.py", "--stage", "sample", "--task", "toy", "--teacher", "gpt-test"]
     command += ["--teacher_part", "train", "--temperature", "0.7"]
     command += ["--base_url", server.url, "--saved", saved, *flags]
     command = [sys.executable, *map(str, command)]
-    if limit:
-        command = ["bash", "-c", f'ulimit -f {limit} && exec "$0" "$@"', *command]
     return subprocess.Popen(
-        command,
+        ["bash", "-c", f'{after} && exec "$0" "$@"', *command],
         cwd=ROOT,
         env={**os.environ, "OPENAI_API_KEY": KEY},
         stdout=subprocess.PIPE,
@@ -641,15 +661,30 @@ def test_open_journal_second_process(server, tmp_path, ask):
     assert KEY not in out
 
 
-def test_run_ctrl_c(server, tmp_path):
-    """Ctrl-C waits for what is under way and keeps it."""
+def wait_for_requests(server: ApiServer, count: int) -> None:
+    while len(server.log) < count:
+        time.sleep(0.01)
+
+
+FEW = ("--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
+
+
+@pytest.mark.parametrize(
+    "sent, after",
+    [
+        (signal.SIGINT, "true"),
+        (signal.SIGTERM, "true"),
+        (signal.SIGTERM, "trap '' INT"),  # Ctrl-C is ignored, as of what a script starts with &
+    ],
+)
+def test_run_interrupted(server, tmp_path, sent, after):
+    """Ctrl-C, and SIGTERM whatever Ctrl-C does, waits for what is under way and keeps it."""
     server.delay = 0.4
-    flags = ("--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
-    process = start(server, tmp_path, *flags)
+    process = start(server, tmp_path, *FEW, after=after)
     wait_for_requests(server, 8)
     with open(f"/proc/{process.pid}/cmdline") as f:
         assert KEY not in f.read()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, _ = process.communicate(timeout=60)
     [journal] = tmp_path.rglob("*.journal.jsonl")
     assert process.returncode == 1
@@ -659,34 +694,15 @@ def test_run_ctrl_c(server, tmp_path):
     assert KEY.encode() not in journal.read_bytes()
 
 
-def wait_for_requests(server: ApiServer, count: int) -> None:
-    while len(server.log) < count:
-        time.sleep(0.01)
-
-
-def test_run_sigterm(server, tmp_path):
-    """SIGTERM is taken as Ctrl-C."""
-    server.delay = 0.4
-    flags = ("--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
-    process = start(server, tmp_path, *flags)
-    wait_for_requests(server, 8)
-    process.terminate()
-    out, _ = process.communicate(timeout=60)
-    [journal] = tmp_path.rglob("*.journal.jsonl")
-    assert process.returncode == 1
-    assert "interrupted: what is finished is kept" in out
-    assert len(storage.read_jsonl(journal)) == 8
-
-
-def test_run_second_ctrl_c(server, tmp_path):
-    """A second Ctrl-C leaves the requests under way, and keeps what was answered."""
+@pytest.mark.parametrize("sent, after", [(signal.SIGINT, "true"), (signal.SIGTERM, "trap '' INT")])
+def test_run_second_ctrl_c(server, tmp_path, sent, after):
+    """A second Ctrl-C or SIGTERM leaves the requests under way, and keeps what was answered."""
     server.answer = lambda request: Reply(delay=30) if len(server.log) > 4 else None
-    flags = ("--split", "few_shot_32", "--teacher_method", "zs_cot_one_step", "--concurrency", 4)
-    process = start(server, tmp_path, *flags)
+    process = start(server, tmp_path, *FEW, after=after)
     wait_for_requests(server, 8)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, _ = process.communicate(timeout=10)
     [journal] = tmp_path.rglob("*.journal.jsonl")
     assert process.returncode == 1
@@ -699,7 +715,7 @@ def test_run_second_ctrl_c(server, tmp_path):
 def test_write_journal_full_disk(server, tmp_path):
     """A full disk stops the run, and no more is spent."""
     flags = ("--split", "few_shot_128", "--teacher_method", "zs_cot_one_step", "--concurrency", 2)
-    process = start(server, tmp_path, *flags, limit=4)
+    process = start(server, tmp_path, *flags, after="ulimit -f 4")
     out, _ = process.communicate(timeout=60)
     [journal] = tmp_path.rglob("*.journal.jsonl")
     kept = storage.read_jsonl(journal)  # whole lines only, some ten

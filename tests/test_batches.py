@@ -95,6 +95,16 @@ def test_micro_batches_are_those_of_the_definition():
         assert batches.micro_batches(batch, *bounds, *layout) == expected
 
 
+def test_micro_batches_balance_the_tokens_of_the_ranks():
+    """Packed, the shares of ranks differ by no more than a sample a micro-batch."""
+    batch = random_batch(random.Random(2), 64)
+    longest = max(sample.length for sample in batch)
+    groups = batches.micro_batches(batch, None, 1024, packing=True, world_size=4)
+    shares = [sum(tokens_of(group, True) for group in groups[rank::4]) for rank in range(4)]
+    assert max(shares) - min(shares) <= longest * len(groups) / 4
+    assert max(shares) < 1.02 * sum(shares) / 4
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_micro_batches_of_a_large_batch_take_milliseconds(packing):
     """512 samples took 1.6 s when every sum was made anew."""

@@ -120,7 +120,9 @@ def test_log_every_prints_a_line_for_every_so_many_steps(tmp_path, capsys):
     train_all(tiny_model("gpt2"), tiny_tokenizer(), tmp_path, epochs=1, log_every=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    epoch")]
     assert len(lines) == 4  # 3 steps and the epoch
-    assert re.search(r"loss \d\.\d{4}  [\d,]+ tokens/s  [\d.]+ s, about \d+ s left", lines[0])
+    assert re.search(
+        r"loss \d\.\d{4}  [\d,]+ tokens/s  [\d.]+ s, about \d+ s of training left in all", lines[0]
+    )
 
 
 # ---------------- Resuming

@@ -46,6 +46,16 @@ def test_training_rows_without_gaps(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_describe_right():
+    """What each set of rules calls right is said only where that is not what is kept."""
+    rows = rows_at((0, 0), (0, 1), (1, 0))
+    verdicts = curation.grade_rows(plan_of(rows, 2), rows, "paper")
+    by_rules = {"paper": verdicts, "flexible": verdicts[1:]}
+    right = "; right are 3 by the paper rules, 2 by the flexible rules"
+    assert curation.describe_right(by_rules, 3) == right
+    assert curation.describe_right({"paper": verdicts, "flexible": verdicts}, 3) == ""
+
+
 def test_read_completions_refuses_negative_indices(tmp_path):
     """A completion before the first is none."""
     [row] = rows_at((0, -1))

@@ -4,6 +4,7 @@ python -m pytest tests/test_decoding.py
 """
 
 import collections
+import functools
 import inspect
 import json
 import math
@@ -19,8 +20,8 @@ from conftest import (
     KINDS,
     PROMPTS,
     ROOT,
+    fork_ranks,
     greedy_texts,
-    run,
     tiny_bart,
     tiny_lfm2,
     tiny_model,
@@ -30,6 +31,7 @@ from conftest import (
 import decoding
 import evaluate
 import models
+import sampling
 import storage
 from storage import UserError
 
@@ -46,6 +48,35 @@ def plain(request):
 def load(model_folder):
     """-> function: kind -> (model, tokenizer, family)."""
     return lambda kind: models.load_model(str(model_folder(kind)))
+
+
+@pytest.fixture(scope="module")
+def oracle(model_folder):
+    """-> function: kind -> Hugging Face's greedy texts of 40 tokens, made once."""
+
+    @functools.cache
+    def texts(kind):
+        return greedy_texts(*models.load_model(str(model_folder(kind))), 40)
+
+    return texts
+
+
+MANY_LIMITS = [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder):
+    """-> function: kind -> what each of 21 prompts is answered alone, by the plain path, once."""
+
+    @functools.cache
+    def rows(kind):
+        arguments = models.load_model(str(model_folder(kind)))
+        found = []
+        for prompt, limit in zip(PROMPTS * 3, MANY_LIMITS, strict=True):
+            found += decoding.generate(*arguments, [prompt], limit, plain=True)
+        return found
+
+    return rows
 
 
 # ---------------------------------------------------------------- load a model
@@ -137,20 +168,16 @@ def test_select_device_cpu_rank(monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 @pytest.mark.parametrize("kind", [*KINDS[:3], pytest.param(KINDS[3], marks=pytest.mark.slow)])
-def test_generate_greedy_is_hugging_face_s(kind, batch_size, plain, load):
+def test_generate_greedy_is_hugging_face_s(kind, batch_size, plain, load, oracle):
     """Greedy texts are those of model.generate one prompt at a time, for any batch size."""
-    model, tokenizer, family = load(kind)
-    expected = greedy_texts(model, tokenizer, family, 40)
-    done = decoding.generate(
-        model, tokenizer, family, PROMPTS, 40, batch_size=batch_size, plain=plain
-    )
-    assert [row[0]["completion"] for row in done] == expected
+    done = decoding.generate(*load(kind), PROMPTS, 40, batch_size=batch_size, plain=plain)
+    assert [row[0]["completion"] for row in done] == oracle(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_texts_differ(kind, load):
+def test_greedy_texts_differ(kind, oracle):
     """The oracle says something: no text is empty and they differ."""
-    texts = greedy_texts(*load(kind), 40)
+    texts = oracle(kind)
     assert "" not in texts
     assert len(set(texts)) == len(texts)
 
@@ -180,14 +207,10 @@ def test_generate_limit_of_each_row(kind, plain, load):
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_generate_many_batches(kind, plain, load):
+def test_generate_many_batches(kind, plain, load, alone):
     """Of 21 prompts in batches of 4, each has the text it has alone."""
-    model, tokenizer, family = load(kind)
-    limits = [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
-    prompts = PROMPTS * 3
-    rows = decoding.generate(model, tokenizer, family, prompts, limits, batch_size=4, plain=plain)
-    for prompt, limit, row in zip(prompts, limits, rows, strict=True):
-        assert [row] == decoding.generate(model, tokenizer, family, [prompt], limit, plain=True)
+    arguments = *load(kind), PROMPTS * 3, MANY_LIMITS
+    assert decoding.generate(*arguments, batch_size=4, plain=plain) == alone(kind)
 
 
 def test_generate_nothing(plain, load):
@@ -235,8 +258,8 @@ def test_shows_stop_reads_the_last_tokens_alone():
             seen.append(len(ids))
             return tokenizer.decode(ids, **options)
 
-    assert decoding.shows_stop(Counting(), ids, ["\n\n", "how\n"])
-    assert not decoding.shows_stop(Counting(), ids, ["\u00e9", "Q: who"])
+    assert sampling.shows_stop(Counting(), ids, ["\n\n", "how\n"])
+    assert not sampling.shows_stop(Counting(), ids, ["\u00e9", "Q: who"])
     assert seen == [5, 7]
 
 
@@ -327,7 +350,7 @@ def test_sample_tokens_follow_the_softmax(top_p):
         logits = model(torch.tensor([[40, 41, 42]])).logits[0, -1]
     generators = [torch.Generator().manual_seed(0)] * 2000
     tokens = [
-        decoding.sample_tokens(logits.expand(2000, -1), 0.7, generators, top_p)
+        sampling.sample_tokens(logits.expand(2000, -1), 0.7, generators, top_p)
         for _ in range(draws // 2000)
     ]
     probs, order = torch.softmax(logits.double() / 0.7, -1).sort(descending=True)
@@ -547,16 +570,15 @@ def test_generate_kill_9(tmp_path, model_folder):
     assert not journal.exists()
 
 
-def test_generate_two_ranks(tmp_path, model_folder):
+def test_generate_two_ranks(tmp_path, tmp_path_factory, model_folder):
     """Two ranks give the file of one."""
     rows = [{"prompt": p, "max_new_tokens": 3 + 2 * i} for i, p in enumerate(PROMPTS)]
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = ["--temperature", "0.7", "--top_p", "0.9", "--samples", "3"]
     flags = ["--model", str(model_folder("gpt2")), "--prompts", str(prompts), *sampling]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run(*torchrun, "evaluate.py", "generate", *flags, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
+    two = ["generate", *flags, "--out", str(tmp_path / "two")]
+    fork_ranks(2, lambda: evaluate.main(two), tmp_path_factory.mktemp("ranks"))
     evaluate.main(["generate", *flags, "--out", str(tmp_path / "one"), "--batch_size", "4"])
     assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
     numbers = [row["completion_index"] for row in storage.read_jsonl(tmp_path / "one")]

@@ -1,6 +1,5 @@
 """Ranks, and what other machines get of rank 0.   pytest tests/test_distributed.py [--slow]"""
 
-import ast
 import contextlib
 import os
 import signal
@@ -11,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, step_losses, torchrun
+import torch
+from conftest import ROOT, fork_ranks, run, step_losses
 
 import distributed
 
@@ -26,27 +26,19 @@ def test_ranks_default_is_the_only_one(capsys):
     assert capsys.readouterr().out == "hello\n"
 
 
-SCRIPT = """
-import os, sys; sys.path.insert(0, ".")
-from pathlib import Path
-import torch
-import distributed, storage
-ranks = distributed.init_ranks(torch.device("cpu"))
-os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # as if each had a machine of its own
-folder = Path(sys.argv[1 + ranks.rank])
-distributed.PART_BYTES = 4
-names = ["a", "b"] if ranks.is_rank0 else []
-distributed.share_files(folder, names, ranks)
-row = {"rank": ranks.rank, "files": {p.name: p.read_text() for p in folder.iterdir()}}
-os.write(1, f"{row}\\n".encode())  # at once: the lines of two ranks would mix
-"""
+def share_two_files(folders):
+    """As a rank, share a and b, as if each rank had a machine of its own."""
+    ranks = distributed.init_ranks(torch.device("cpu"))
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    distributed.PART_BYTES = 4
+    names = ["a", "b"] if ranks.is_rank0 else []
+    distributed.share_files(folders[ranks.rank], names, ranks)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Return the files of two machines after a share of a and b; the second had another b."""
     folder = tmp_path_factory.mktemp("machines")
-    (folder / "script.py").write_text(SCRIPT)
     one, two = folder / "one", folder / "two"
     one.mkdir()
     (one / "a").write_text("0123456789")
@@ -54,10 +46,8 @@ def found(tmp_path_factory):
     (one / "c").write_text("not asked for")
     two.mkdir()
     (two / "b").write_text("stale")
-    output, _ = torchrun(2, folder / "script.py", one, two).communicate(timeout=120)
-    rows = [ast.literal_eval(line) for line in output.splitlines() if line.startswith("{")]
-    assert len(rows) == 2, output
-    return {row["rank"]: row["files"] for row in rows}
+    fork_ranks(2, lambda: share_two_files((one, two)), folder)
+    return [{path.name: path.read_text() for path in machine.iterdir()} for machine in (one, two)]
 
 
 def test_share_files_copies_what_another_machine_lacks(found):
@@ -66,6 +56,22 @@ def test_share_files_copies_what_another_machine_lacks(found):
 
 def test_share_files_leaves_the_first_machine_as_it_is(found):
     assert found[0] == {"a": "0123456789", "b": "same", "c": "not asked for"}
+
+
+def run_on_rank0():
+    """As a rank, have rank 0 call a function; print the result and who called it."""
+    ranks = distributed.init_ranks(torch.device("cpu"))
+    calls = []
+    result = distributed.on_rank0(ranks, lambda: calls.append(1) or {"from": ranks.rank})
+    distributed.print0(ranks, "once")
+    print(f"{ranks.rank}: {result} {calls}\n", end="")
+    distributed.wait_for_all(ranks)
+
+
+def test_on_rank0_of_two(tmp_path):
+    """Rank 0 alone runs the function, and both have its result."""
+    printed = fork_ranks(2, run_on_rank0, tmp_path)
+    assert sorted(printed.splitlines()) == ["0: {'from': 0} [1]", "1: {'from': 0} []", "once"]
 
 
 # ---- The whole method on two machines: two agents of torchrun, two ranks each

@@ -64,42 +64,25 @@ def test_rows_of_part_validation(tmp_path):
     assert scored["correct"] == 2
 
 
-BROKEN = {
-    "answer": "sample 5 is not sample 5 of toy",
-    "question": "sample 5 is not sample 5 of toy",
-    "foreign": "sample 9999 is not",
-    "twice": "completion 0 of sample 5 is there twice",
-    "no answer": "a completion of sample 5 lacks",
-    "no rows": "a completion of sample 5 lacks",
-    "other index": "a completion of sample 5 lacks",
-    "no task": "is not a completion file",
-    "unknown task": "no task 'coin'",
-    "no data": "is not a completion file",
-    "template": "prediction_template in its metadata is",
-    "epoch": "epoch in its metadata is",
-    "task list": "dataset_key in its metadata is",
+OTHER = "sample 5 is not sample 5 of toy"
+LACKS = "a completion of sample 5 lacks"
+BROKEN = {  # what is wrong: how a file comes to it, by its metadata, data and a row; what is said
+    "answer": (lambda meta, data, row: row.update(answer="maybe"), OTHER),
+    "question": (lambda meta, data, row: row.update(question="Who?"), OTHER),
+    "foreign": (
+        lambda meta, data, row: data.update({"9999": [{**row, "sample_index": 9999}]}),
+        "sample 9999 is not",
+    ),
+    "twice": (
+        lambda meta, data, row: data["5"].append(row),
+        "completion 0 of sample 5 is there twice",
+    ),
+    "no answer": (lambda meta, data, row: row.pop("answer"), LACKS),
+    "no rows": (lambda meta, data, row: data.update({"5": "x"}), LACKS),
+    "other index": (lambda meta, data, row: row.update(sample_index=6), LACKS),
+    "no task": (lambda meta, data, row: meta.pop("dataset_key"), "is not a completion file"),
+    "unknown task": (lambda meta, data, row: meta.update(dataset_key="coin"), "no task 'coin'"),
 }
-
-
-def break_file(content: dict, how: str) -> None:
-    """Change a completion file as BROKEN names it."""
-    row = content["data"]["5"][0]
-    changes = {
-        "answer": lambda: row.update(answer="maybe"),
-        "question": lambda: row.update(question="Who?"),
-        "foreign": lambda: content["data"].update({"9999": [{**row, "sample_index": 9999}]}),
-        "twice": lambda: content["data"]["5"].append(row),
-        "no answer": lambda: row.pop("answer"),
-        "no rows": lambda: content["data"].update({"5": "x"}),
-        "other index": lambda: row.update(sample_index=6),
-        "no task": lambda: content["metadata"].pop("dataset_key"),
-        "unknown task": lambda: content["metadata"].update(dataset_key="coin"),
-        "no data": lambda: content.update(data=[]),
-        "template": lambda: content["metadata"].update(prediction_template=["zs"]),
-        "epoch": lambda: content["metadata"].update(epoch="3"),
-        "task list": lambda: content["metadata"].update(dataset_key=["toy"]),
-    }
-    changes[how]()
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -107,9 +90,10 @@ def test_score_of_what_does_not_belong(tmp_path, how):
     """Completions that do not belong are found and named."""
     path = completion_file(tmp_path / "f.json")
     content = storage.read_json(path)
-    break_file(content, how)
+    spoil, message = BROKEN[how]
+    spoil(content["metadata"], content["data"], content["data"]["5"][0])
     storage.write_json(path, content)
-    with pytest.raises(UserError, match=BROKEN[how]):
+    with pytest.raises(UserError, match=message):
         evaluate.score(path)
 
 

@@ -5,6 +5,8 @@
 --slow adds the default run at its real size, whose table the README shows.
 """
 
+import contextlib
+import io
 import math
 import os
 import re
@@ -18,6 +20,7 @@ from conftest import SMALL, contents, run, tiny_model
 import checkpoints
 import completions
 import decoding
+import finetune_cot
 import storage
 import tasks
 import train_loop
@@ -45,14 +48,24 @@ FILES = (
 )
 
 
-def test_main_reports_both_methods(small_toy, tmp_path, method):
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run of both methods on small_toy: (its folder, what it printed); no test writes there."""
+    folder = tmp_path_factory.mktemp("whole")
+    toy = tasks.TASKS["toy"]._replace(n=60, train=42, test=18)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setitem(tasks.TASKS, "toy", toy)
+        finetune_cot.main(["--saved", str(folder), *SMALL.split()])
+    return folder, out.getvalue()
+
+
+def test_main_reports_both_methods(whole_run):
     """A run without flags goes through all stages and reports both methods."""
-    message, out = method(f"--saved {tmp_path} {SMALL}")
-    assert message is None
+    folder, out = whole_run
     assert [row[0] for row in TABLE_ROW.findall(out)] == ["ft", "ft_cot"]
     assert all(row[2].endswith("/18") for row in TABLE_ROW.findall(out))
     assert "completion of" in out
-    assert f"Everything is under {tmp_path}/" in out
+    assert f"Everything is under {folder}/" in out
     kept, total = re.search(r"the (\d+) of (\d+) rationales", out).groups()
     assert total == "84"
     assert 50 < int(kept) < 84
@@ -78,7 +91,8 @@ def test_main_says_what_each_stage_does(small_toy, tmp_path, method, monkeypatch
     assert len(said) == len(STAGES)
     assert all(map(str.startswith, said, STAGES))
     assert re.search(r"whose answer is right \(the teacher's own accuracy: \d\d\.\d%\)$", out, re.M)
-    epoch = r"^    epoch 1 of 2  step \d+  loss [\d.]+  [\d,]+ tokens/s  .* s, about \d+ s left$"
+    figures = r"step \d+  loss [\d.]+  [\d,]+ tokens/s  .* s"
+    epoch = rf"^    epoch 1 of 2  {figures}, about \d+ s of training left in all$"
     assert len(re.findall(epoch, out, re.M)) == 2
     assert max(map(len, lines)) <= 120
 
@@ -101,10 +115,9 @@ def test_main_counts_the_time_of_the_students_to_come(small_toy, tmp_path, metho
     assert steps == [ft + ft_cot, ft + ft_cot, ft_cot, ft_cot]
 
 
-def test_main_writes_every_stage(small_toy, tmp_path, method):
+def test_main_writes_every_stage(whole_run):
     """Each stage writes the file or folder that saved/README.md names."""
-    method(f"--saved {tmp_path} {SMALL}")
-    missing = [name for name in FILES if not (tmp_path / name).is_file()]
+    missing = [name for name in FILES if not (whole_run[0] / name).is_file()]
     assert missing == []
 
 
@@ -119,34 +132,26 @@ def test_main_default_table(tmp_path, flags):
     assert accuracy["ft_cot"] >= 95
 
 
-def test_main_second_run_skips_every_stage(small_toy, tmp_path, method):
+def test_main_second_run_skips_every_stage(small_toy, whole_run, method):
     """A second run finds every file made with the same settings, and changes none."""
-    method(f"--saved {tmp_path} {SMALL}")
-    before = contents(tmp_path)
-    message, out = method(f"--saved {tmp_path} {SMALL}")
+    folder, _ = whole_run
+    before = contents(folder)
+    message, out = method(f"--saved {folder} {SMALL}")
     assert message is None
-    assert contents(tmp_path) == before
+    assert contents(folder) == before
     skipped = out.count("made with the same settings: skipped")
     assert skipped == 7  # sample, and twice curate, train and evaluate
     assert "ft_cot (rationales)" in out
 
 
-def test_main_same_seed_writes_same_bytes(small_toy, tmp_path, method):
-    """Two runs with one seed write the same bytes, wherever they write."""
-    for name in ("a", "b"):
-        method(f"--saved {tmp_path / name} {SMALL} --method ft_cot")
-    first = contents(tmp_path / "a")
-    assert len(first) > 8
-    assert first == contents(tmp_path / "b")
-
-
-def test_main_stages_one_by_one(small_toy, tmp_path, method):
-    """Four runs of one stage each write what one run of all stages writes."""
-    method(f"--saved {tmp_path}/whole {SMALL}")
+def test_main_stages_one_by_one(small_toy, whole_run, tmp_path, method):
+    """Four runs of one stage each write, elsewhere, the bytes of one run of all stages."""
     for stage in ("sample", "curate", "train", "evaluate"):
-        message, _ = method(f"--saved {tmp_path}/parts {SMALL} --stage {stage}")
+        message, _ = method(f"--saved {tmp_path} {SMALL} --stage {stage}")
         assert message is None
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    found = contents(tmp_path)
+    assert len(found) > 8
+    assert found == contents(whole_run[0])
 
 
 def test_main_plain_writes_every_stage(small_toy, tmp_path, method):
@@ -157,13 +162,13 @@ def test_main_plain_writes_every_stage(small_toy, tmp_path, method):
     assert [name for name in FILES if not (tmp_path / name).is_file()] == []
 
 
-def test_evaluate_plain_writes_same_bytes(small_toy, tmp_path, method):
+def test_evaluate_plain_writes_same_bytes(small_toy, whole_run, tmp_path, method):
     """Plain and fast decoding of one student give the same completions."""
-    flags = f"--saved {tmp_path} {SMALL} --method ft_cot"
-    method(flags)
+    shutil.copytree(whole_run[0], tmp_path, dirs_exist_ok=True)
     path = tmp_path / FILES[-1]
     fast = path.read_bytes()
     path.unlink()
+    flags = f"--saved {tmp_path} {SMALL} --method ft_cot"
     message, _ = method(f"{flags} --stage evaluate --plain")
     assert message is None
     assert path.read_bytes() == fast
@@ -345,10 +350,7 @@ def scripted_generate(right: dict[str, list[int]], validation: set[int]) -> Call
 
 
 BEST = {  # --validation: (right answers of each part after each epoch, best.json)
-    "0": (
-        {"test": [5, 9, 9, 7]},
-        {"epoch": 2, "part": "test", "accuracy": 50.0, "n": 18},
-    ),
+    "0": ({"test": [5, 9, 9, 7]}, {"epoch": 2, "part": "test", "accuracy": 50.0, "n": 18}),
     "0.5": (
         {"test": [1, 2, 3, 18], "validation": [5, 7, 7, 6]},
         {"epoch": 2, "part": "validation", "accuracy": 33.33, "n": 21},

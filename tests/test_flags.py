@@ -107,6 +107,7 @@ def test_help_all_names_the_default_of_the_bare_command(name, capsys):
 WRONG = [
     ("--epoch 3", "unrecognized arguments: --epoch (did you mean --epochs?)"),
     ("--studnet=x", "--studnet=x (did you mean --student?)"),
+    ("--learning_rate 1", "--learning_rate (did you mean --lr?)"),  # as other programs name it
     ("--stud x", "--stud (did you mean --study?)"),  # no silent abbreviation
     ("--method ftcot", "no 'ftcot' (did you mean ft_cot?)"),
     ("--degree two", "invalid int value: 'two'"),

@@ -32,21 +32,9 @@ needs_mirror = pytest.mark.skipif(
     not SHARED, reason="FINETUNE_COT_SHARED is not set: no raw benchmark files to build from"
 )
 
-SIZES = {  # n, train, test of the default split
-    "single_eq": (508, 356, 152),
-    "addsub": (395, 276, 119),
-    "multiarith": (600, 420, 180),
-    "gsm8k": (8792, 7473, 1319),
-    "aqua": (97721, 10000, 254),
-    "svamp": (1000, 700, 300),
-    "tracking_shuffled_objects": (750, 525, 225),
-    "date_understanding": (369, 258, 111),
-    "coin_flip": (500, 350, 150),
-    "last_letter_concatenation": (500, 350, 150),
-    "commonsense_qa": (10962, 9741, 1221),
-    "strategy_qa": (2290, 1603, 687),
-}
-IN_MIRROR = [key for key in SIZES if key != "aqua"]  # aqua's train file is too big for a mirror
+IN_MIRROR = [
+    key for key in prepare.RECIPES if key != "aqua"
+]  # aqua's train file is too big for a mirror
 
 
 def digest(content: bytes) -> str:
@@ -56,46 +44,30 @@ def digest(content: bytes) -> str:
 
 def known_sums(name: str) -> dict[str, str]:
     """Return {path: SHA-256} of a file as sha256sum writes it."""
-    return {
-        path: known
-        for known, path in (line.split() for line in (Path(SHARED) / name).read_text().splitlines())
-    }
+    lines = (Path(SHARED) / name).read_text().splitlines()
+    return {path: known for known, path in map(str.split, lines)}
 
 
 def files_under(folder: Path) -> list[str]:
     """Return the paths of all files, sorted."""
-    return sorted(
-        str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()
-    )
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 # ---------------------------------------------------------------- three small tasks and a server
 
-COINS = json.dumps(
-    {
-        "examples": [
-            {"question": f"Tails up, turned {i} times. Tails now?", "answer": ["yes", "no"][i % 2]}
-            for i in range(10)
-        ]
-    }
-).encode()
-SUMS = json.dumps(
-    [{"sQuestion": f" {i} plums and one more ? ", "lSolutions": [float(i + 1)]} for i in range(10)]
-).encode()
+TURNS = [(f"Tails up, turned {i} times. Tails now?", ["yes", "no"][i % 2]) for i in range(10)]
+EXAMPLES = [{"question": question, "answer": answer} for question, answer in TURNS]
+COINS = json.dumps({"examples": EXAMPLES}).encode()
+PLUMS = [(f"{i} plums and one more ?", f"{i + 1}.0") for i in range(10)]
+RAW_SUMS = [{"sQuestion": f" {text} ", "lSolutions": [float(sum)]} for text, sum in PLUMS]
+SUMS = json.dumps(RAW_SUMS).encode()
 PROMPTS = b'{"coin_flip": {"prompt": "Q: ...\\nA: ..."}}'
-CHOICES = ["A)1", "B) 2 ", "C)x)", "D)4", "E)none"]
-AQUA_TRAIN = "".join(
-    json.dumps(
-        {
-            "question": f" Half of {i}? ",
-            "options": CHOICES,
-            "rationale": f" It is {i}/2.\n",
-            "correct": "B",
-        }
-    )
-    + "\n"
-    for i in range(3)
-).encode()
+AQUA_ROW = {"options": ["A)1", "B) 2 ", "C)x)", "D)4", "E)none"], "correct": "B"}
+AQUA_TRAIN = b""
+for i in range(3):
+    aqua_row = AQUA_ROW | {"question": f" Half of {i}? ", "rationale": f" It is {i}/2.\n"}
+    AQUA_TRAIN += json.dumps(aqua_row).encode() + b"\n"
 AQUA_TEST = AQUA_TRAIN[: AQUA_TRAIN.index(b"\n") + 1] * 2
 RAW = {
     "me/coins/c0ffee/coins.json": COINS,
@@ -108,17 +80,14 @@ RAW = {
 
 def built(key: str, rows: list[tuple[str, str]]) -> bytes:
     """Return the bytes of a dataset."""
-    data = [
-        {"sample_index": i, "question": question, "answer": answer}
-        for i, (question, answer) in enumerate(rows)
-    ]
+    data = []
+    for i, (question, answer) in enumerate(rows):
+        data.append({"sample_index": i, "question": question, "answer": answer})
     return json.dumps({"metadata": {"dataset_key": key}, "data": data}, indent=4).encode()
 
 
-COINS_BUILT = built(
-    "coin_flip", [(row["question"], row["answer"]) for row in json.loads(COINS)["examples"]]
-)
-SUMS_BUILT = built("single_eq", [(f"{i} plums and one more ?", f"{i + 1}.0") for i in range(10)])
+COINS_BUILT = built("coin_flip", TURNS)
+SUMS_BUILT = built("single_eq", PLUMS)
 
 
 @pytest.fixture
@@ -130,28 +99,18 @@ def world(monkeypatch) -> None:
         path = next(path for path in RAW if path.endswith(name))
         return prepare.File(path, None if more else digest(RAW[path]), **more)
 
-    real = prepare.RECIPES
+    aqua_files = [file("aqua/c0ffee/train.json", lines=3), file("aqua/c0ffee/test.json")]
+    changes = {
+        "single_eq": {"sha256": digest(SUMS_BUILT), "raw": [file("sums.json")]},
+        "coin_flip": {"sha256": digest(COINS_BUILT), "raw": [file("coins.json")]},
+        "aqua": {"raw": aqua_files, "lines": 7 + 6 * 5},
+    }
+    recipes = {key: prepare.RECIPES[key]._replace(**new) for key, new in changes.items()}
     monkeypatch.setattr(prepare, "PROMPTS", file("prompts.json"))
-    monkeypatch.setattr(
-        prepare,
-        "RECIPES",
-        {
-            "single_eq": real["single_eq"]._replace(
-                sha256=digest(SUMS_BUILT), raw=[file("sums.json")]
-            ),
-            "coin_flip": real["coin_flip"]._replace(
-                sha256=digest(COINS_BUILT), raw=[file("coins.json")]
-            ),
-            "aqua": real["aqua"]._replace(
-                raw=[file("aqua/c0ffee/train.json", lines=3), file("aqua/c0ffee/test.json")],
-                lines=7 + 6 * 5,
-            ),
-        },
-    )
+    monkeypatch.setattr(prepare, "RECIPES", recipes)
     for key, n, train, test in ("single_eq", 10, 7, 3), ("coin_flip", 10, 7, 3), ("aqua", 5, 2, 2):
-        monkeypatch.setitem(
-            tasks.TASKS, key, tasks.TASKS[key]._replace(n=n, train=train, test=test)
-        )
+        row = tasks.TASKS[key]._replace(n=n, train=train, test=test)
+        monkeypatch.setitem(tasks.TASKS, key, row)
 
 
 @pytest.fixture
@@ -206,13 +165,18 @@ def run(out: Path, *arguments: str) -> int:
     return prepare.main([*arguments, "--out", str(out)])
 
 
+@pytest.fixture
+def from_mirror(mirror, tmp_path):
+    """Return a function: tasks -> exit status of preparing them in tmp_path/out."""
+    return lambda *keys: run(tmp_path / "out", *keys, "--mirror", str(mirror))
+
+
 def error_of(capsys) -> str:
     """Return the one line that stderr holds besides notes about downloads."""
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith("downloading ")
-    ]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    lines = capsys.readouterr().err.splitlines()
+    [error] = [line for line in lines if not line.startswith("downloading ")]
+    assert error.startswith("error: ")
+    return error
 
 
 # ---------------------------------------------------------------- the real benchmarks
@@ -230,43 +194,34 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("key", IN_MIRROR)
 def test_prepare_dataset_sum(prepared, key):
     """Built dataset has the published sum."""
-    assert (
-        digest((prepared / "dataset" / f"{key}.json").read_bytes())
-        == known_sums("dataset_SHA256SUMS")[f"{key}.json"]
-    )
+    content = (prepared / "dataset" / f"{key}.json").read_bytes()
+    assert digest(content) == known_sums("dataset_SHA256SUMS")[f"{key}.json"]
 
 
 @needs_mirror
 def test_recipes_sums():
     """Every sum of the table is the known one."""
-    files = [
-        file
-        for recipe in prepare.RECIPES.values()
-        for file in [*recipe.raw, recipe.template]
-        if file
-    ]
-    listed = {file.path: file.sha256 for file in files if file.sha256}
-    assert listed | {prepare.PROMPTS.path: prepare.PROMPTS.sha256} == known_sums(
-        "mirror/SHA256SUMS"
-    )
-    assert all(
-        prepare.RECIPES[key].sha256 == known_sums("dataset_SHA256SUMS")[f"{key}.json"]
-        for key in IN_MIRROR
-    )
+    files = [prepare.PROMPTS]
+    for recipe in prepare.RECIPES.values():
+        files += [*recipe.raw, recipe.template]
+    listed = {file.path: file.sha256 for file in files if file and file.sha256}
+    assert listed == known_sums("mirror/SHA256SUMS")
+    built_sums = known_sums("dataset_SHA256SUMS")
+    for key in IN_MIRROR:
+        assert prepare.RECIPES[key].sha256 == built_sums[f"{key}.json"]
 
 
 @needs_mirror
 @pytest.mark.parametrize("key", IN_MIRROR)
 def test_prepare_split_sizes(prepared, key):
-    """Default split file has the published sizes."""
+    """Default split file has the published sizes, those of TASKS."""
     split = json.loads((prepared / "split" / f"{key}__default.json").read_text())
-    n, train, test = SIZES[key]
-    assert (len(split["train"]), len(split["test"])) == (train, test)
-    assert set(split) == {
-        "train",
-        "test",
+    row = tasks.TASKS[key]
+    assert {part: len(indices) for part, indices in split.items()} == {
+        "train": row.train,
+        "test": row.test,
     }
-    assert sorted(split["train"] + split["test"]) == list(range(n))
+    assert sorted(split["train"] + split["test"]) == list(range(row.n))
 
 
 @needs_mirror
@@ -283,26 +238,19 @@ def test_prepare_template_split(prepared, key, train, test):
 @needs_mirror
 def test_prepare_few_shot_prompts(prepared):
     """Few-shot prompts are copied verbatim."""
-    assert (
-        digest((prepared / "few_shot_cot_prompts.json").read_bytes())
-        == known_sums("mirror/SHA256SUMS")[prepare.PROMPTS.path]
-    )
+    content = (prepared / "few_shot_cot_prompts.json").read_bytes()
+    assert digest(content) == known_sums("mirror/SHA256SUMS")[prepare.PROMPTS.path]
 
 
 @needs_mirror
 def test_prepare_writes_nothing_else(prepared):
     """Nothing else is written and all of it loads."""
-    expected = (
-        [f"dataset/{key}.json" for key in IN_MIRROR]
-        + [f"split/{key}__default.json" for key in IN_MIRROR]
-        + [
-            "few_shot_cot_prompts.json",
-            "split/date_understanding__template.json",
-            "split/multiarith__template.json",
-        ]
-    )
+    expected = ["few_shot_cot_prompts.json"]
+    expected += ["split/date_understanding__template.json", "split/multiarith__template.json"]
+    for key in IN_MIRROR:
+        expected += [f"dataset/{key}.json", f"split/{key}__default.json"]
+        assert len(tasks.load(key, prepared)) == tasks.TASKS[key].n
     assert files_under(prepared) == sorted(expected)
-    assert all(len(tasks.load(key, prepared)) == SIZES[key][0] for key in IN_MIRROR)
 
 
 @needs_mirror
@@ -319,18 +267,18 @@ def test_aqua_real_test_part():
 
 def test_recipes_cover_all_tasks():
     """Every benchmark of tasks.py has a recipe."""
-    assert set(SIZES) == set(prepare.RECIPES) <= set(tasks.TASKS)
-    assert (
-        prepare.RECIPES["aqua"].lines == 7 + 6 * tasks.TASKS["aqua"].n
-    )  # what json.dumps(..., indent=4) makes of its samples
+    assert len(prepare.RECIPES) == 12
+    assert set(prepare.RECIPES) <= set(tasks.TASKS)
+    # what json.dumps(..., indent=4) makes of its samples
+    assert prepare.RECIPES["aqua"].lines == 7 + 6 * tasks.TASKS["aqua"].n
 
 
 # ---------------------------------------------------------------- converters
 
 
-def test_build_aqua(mirror, tmp_path):
+def test_build_aqua(from_mirror, tmp_path):
     """AQuA puts train before test and keeps rationales."""
-    assert run(tmp_path / "out", "aqua", "--mirror", str(mirror)) == 0
+    assert from_mirror("aqua") == 0
     data = tasks.load("aqua", tmp_path / "out")
     assert data[1] == {
         "sample_index": 1,
@@ -403,19 +351,19 @@ def test_json_lines():
 # ---------------------------------------------------------------- mirror
 
 
-def test_mirror_without_network(mirror, tmp_path, monkeypatch):
+def test_mirror_without_network(from_mirror, tmp_path, monkeypatch):
     """Mirror is read without network and not copied."""
     monkeypatch.setattr(prepare, "open_url", None)
-    assert run(tmp_path / "out", "--mirror", str(mirror)) == 0
+    assert from_mirror() == 0
     assert (tmp_path / "out/dataset/coin_flip.json").read_bytes() == COINS_BUILT
     assert not (tmp_path / "out/raw").exists()
 
 
-def test_mirror_wrong_sum(mirror, tmp_path, capsys):
+def test_mirror_wrong_sum(from_mirror, mirror, tmp_path, capsys):
     """Wrong sum in the mirror names the file and the other task is prepared."""
     path = mirror / "me/sums/c0ffee/sums.json"
     path.write_bytes(SUMS + b" ")
-    assert run(tmp_path / "out", "single_eq", "coin_flip", "--mirror", str(mirror)) == 1
+    assert from_mirror("single_eq", "coin_flip") == 1
     error = error_of(capsys)
     assert str(path) in error
     assert digest(SUMS) in error
@@ -427,20 +375,20 @@ def test_mirror_wrong_sum(mirror, tmp_path, capsys):
     ]
 
 
-def test_mirror_missing_file(mirror, tmp_path, capsys):
+def test_mirror_missing_file(from_mirror, mirror, tmp_path, capsys):
     """Missing file in the mirror is named."""
     (mirror / "me/coins/c0ffee/coins.json").unlink()
-    assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
+    assert from_mirror("coin_flip") == 1
     error = error_of(capsys)
     assert str(mirror / "me/coins/c0ffee/coins.json") in error
     assert "without --mirror" in error
     assert files_under(tmp_path / "out") == []
 
 
-def test_mirror_without_aqua(mirror, tmp_path, capsys):
+def test_mirror_without_aqua(from_mirror, mirror, tmp_path, capsys):
     """AQuA without its train file says both ways to get it."""
     (mirror / "me/aqua/c0ffee/train.json").unlink()
-    assert run(tmp_path / "out", "--mirror", str(mirror)) == 1
+    assert from_mirror() == 1
     error = error_of(capsys)
     assert "run without --mirror" in error
     assert f"put {prepare.HOST}me/aqua/c0ffee/train.json there" in error
@@ -456,10 +404,10 @@ def test_mirror_without_aqua(mirror, tmp_path, capsys):
         (b"\xff\n" * 3, "UnicodeDecodeError"),
     ],
 )
-def test_mirror_wrong_aqua(mirror, tmp_path, capsys, content, expected):
+def test_mirror_wrong_aqua(from_mirror, mirror, tmp_path, capsys, content, expected):
     """Wrong AQuA train file is refused."""
     (mirror / "me/aqua/c0ffee/train.json").write_bytes(content)
-    assert run(tmp_path / "out", "aqua", "--mirror", str(mirror)) == 1
+    assert from_mirror("aqua") == 1
     assert expected in error_of(capsys)
     assert files_under(tmp_path / "out") == []
 
@@ -472,13 +420,13 @@ def test_mirror_no_folder(world, tmp_path, capsys):
     assert str(tmp_path / "nowhere") in capsys.readouterr().err
 
 
-def test_put_changed_converter(mirror, tmp_path, capsys, monkeypatch):
+def test_put_changed_converter(from_mirror, tmp_path, capsys, monkeypatch):
     """Changed converter is noticed and nothing is written."""
     changed = prepare.RECIPES["coin_flip"]._replace(
         convert=lambda row: (row["question"].upper(), row["answer"])
     )
     monkeypatch.setitem(prepare.RECIPES, "coin_flip", changed)
-    assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
+    assert from_mirror("coin_flip") == 1
     assert "converter" in error_of(capsys)
     assert files_under(tmp_path / "out") == []
 
@@ -568,10 +516,7 @@ def test_download_without_ranges(server, tmp_path):
     run(tmp_path, "coin_flip")
     server.update(cut=None, ranges=False)
     assert run(tmp_path, "coin_flip") == 0
-    assert server["asked"][:2] == [
-        ("coins.json", 0),
-        ("coins.json", 100),
-    ]
+    assert server["asked"][:2] == [("coins.json", 0), ("coins.json", 100)]
     assert (tmp_path / "dataset/coin_flip.json").read_bytes() == COINS_BUILT
 
 
@@ -643,7 +588,7 @@ def test_interrupt_import(monkeypatch, tmp_path):
         prepare.main(["--completions", str(tmp_path / "a.tar.gz")])
 
 
-def test_interrupt_writing(mirror, tmp_path, monkeypatch):
+def test_interrupt_writing(from_mirror, tmp_path, monkeypatch):
     """Stop while writing leaves nothing half written."""
 
     def stop(*_: object) -> None:
@@ -653,12 +598,12 @@ def test_interrupt_writing(mirror, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", stop)
         with pytest.raises(SystemExit, match="interrupted"):
-            run(tmp_path / "out", "coin_flip", "--mirror", str(mirror))
+            from_mirror("coin_flip")
     assert files_under(tmp_path / "out") == []
-    assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 0
+    assert from_mirror("coin_flip") == 0
 
 
-def test_prepare_full_disk(mirror, tmp_path, capsys, monkeypatch):
+def test_prepare_full_disk(from_mirror, capsys, monkeypatch):
     """Full disk is one sentence."""
 
     def full(path: Path, content: bytes) -> None:
@@ -666,7 +611,7 @@ def test_prepare_full_disk(mirror, tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(storage, "write_atomic", full)
-    assert run(tmp_path / "out", "coin_flip", "--mirror", str(mirror)) == 1
+    assert from_mirror("coin_flip") == 1
     assert "coin_flip.json cannot be read or written (No space left on device)" in error_of(capsys)
 
 
@@ -695,10 +640,7 @@ def test_added_task_split(riddles, tmp_path, monkeypatch):
     assert (len(train), len(test)) == (14, 6)
     assert sorted(train + test) == list(range(20))
     assert riddles.read_bytes() == before
-    assert files_under(tmp_path) == [
-        "dataset/riddles.json",
-        "split/riddles__default.json",
-    ]
+    assert files_under(tmp_path) == ["dataset/riddles.json", "split/riddles__default.json"]
 
 
 def test_added_task_ordered_split(riddles, tmp_path, monkeypatch):
@@ -741,23 +683,17 @@ def test_added_task_without_file(riddles, tmp_path, capsys):
     assert "question" in error
 
 
-RIDDLES = '{"metadata": {"dataset_key": "riddles"}, "data": '
-WRONG_FORMS = [
-    ("[1, 2", "not valid JSON"),
-    ("[]", "holds a JSON list"),
-    ('{"data": []}', "is not a dataset"),
-    ('{"metadata": {"dataset_key": "other"}, "data": [{}]}', "holds the task 'other'"),
-    (RIDDLES + '[{"question": "?"}]}', "sample 0 needs sample_index"),
-    (RIDDLES + '[{"sample_index": 1, "question": "?", "answer": "a"}]}', "sample 0"),
-    (RIDDLES + '[{"sample_index": 0, "question": "?", "answer": 7}]}', "sample 0"),
-    (RIDDLES + "[]}", "is not a dataset"),
+ODD_SAMPLE = b'{"metadata": {"dataset_key": "riddles"}, "data": [{"question": "?"}]}'
+WRONG_FORMS = [  # more of them in test_tasks.py
+    (b"[1, 2", "not valid JSON"),
+    (ODD_SAMPLE, "sample 0 needs sample_index"),
 ]
 
 
 @pytest.mark.parametrize("content, expected", WRONG_FORMS)
 def test_added_task_wrong_form(riddles, tmp_path, capsys, content, expected):
     """Added task in a wrong form is refused."""
-    riddles.write_text(content)
+    riddles.write_bytes(content)
     assert run(tmp_path, "riddles") == 1
     assert expected in error_of(capsys)
     assert not (tmp_path / "split").exists()
@@ -795,9 +731,9 @@ def test_prepare_toy(world, tmp_path, capsys):
     assert files_under(tmp_path) == []
 
 
-def test_prepare_unknown_task(mirror, tmp_path, capsys):
+def test_prepare_unknown_task(from_mirror, tmp_path, capsys):
     """Unknown task is an error and the others are prepared."""
-    assert run(tmp_path / "out", "coinflip", "coin_flip", "--mirror", str(mirror)) == 1
+    assert from_mirror("coinflip", "coin_flip") == 1
     assert "coinflip" in error_of(capsys)
     assert (tmp_path / "out/dataset/coin_flip.json").exists()
 

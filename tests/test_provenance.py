@@ -154,6 +154,33 @@ def test_curate_after_an_edit(tmp_path):
     assert "made with the same settings: skipped" in curate_after(folder, "tasks.py", "#", "# so")
 
 
+LOOP_EDITS = [  # (old text, new one), whether a student would be another one
+    ("loss / label_tokens", "loss / len(batch)", True),
+    ("generator=generator", "generator=None", True),  # of the order of samples
+    ("# ------", "# more ------", False),
+]
+
+
+@pytest.mark.parametrize("old, new, is_other", LOOP_EDITS)
+def test_training_fingerprint_changes_with_code(monkeypatch, old, new, is_other):
+    """An edit of the loss, or of the order of samples, is noticed; a comment is none."""
+    before = provenance.training_fingerprint()
+    assert any(old in source for source in provenance.TRAINING_SOURCES)
+    edited = tuple(source.replace(old, new) for source in provenance.TRAINING_SOURCES)
+    monkeypatch.setattr(provenance, "TRAINING_SOURCES", edited)
+    assert (provenance.training_fingerprint() != before) == is_other
+
+
+@pytest.mark.parametrize(
+    "code, is_noted", [(None, False), ("0123", True), (provenance.training_fingerprint(), False)]
+)
+def test_note_other_code(tmp_path, capsys, code, is_noted):
+    """A finished student is kept, and it is said that the loop has changed; None: not recorded."""
+    storage.write_json(tmp_path / "run.json", {"finished": True, "code": code})
+    provenance.note_other_code(tmp_path)
+    assert ("add --redo train" in capsys.readouterr().out) == is_noted
+
+
 # ---------------------------------------------------------------- models
 
 

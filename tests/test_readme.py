@@ -135,10 +135,10 @@ def test_the_benchmarks_that_the_readme_prepares_are_known():
 
 
 def test_the_readme_s_template_recipe_is_one_entry_that_works(monkeypatch):
-    entry = re.search(r'^ +`("ft_cot_steps": .*),`$', README, re.M)[1]
+    entry = re.search(r'`("ft_cot_steps": .*),`$', README, re.M)[1]
     monkeypatch.setitem(tasks.TEMPLATES, *eval("{" + entry + "}").popitem())
     prompt, label = tasks.format_sample("ft_cot_steps", "decoder", "What?", "Because.", "7")
-    assert (prompt, label) == ("What?\nLet us see.", " Because.\nSo: 7")
+    assert (prompt, label) == ("What?\nLet us see.", " Because.\nSo : 7")
 
 
 def test_the_readme_s_task_recipe_is_one_row_that_works(monkeypatch):

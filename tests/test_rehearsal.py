@@ -32,6 +32,7 @@ import completions
 import decoding
 import models
 import rehearsal
+import sampling
 import storage
 import tasks
 import terminal
@@ -138,7 +139,12 @@ def test_rehearsal_mode_scales_small_weights_up():
 # ---------------- Packed, padded or one by one
 
 
-@pytest.mark.parametrize("model_type", ["doge", "umt5", "gpt_oss"])
+OLD = tuple(map(int, tf.__version__.split(".")[:2])) < (5, 23)
+DECODES = pytest.mark.skipif(OLD, reason="by this transformers it decodes otherwise than it trains")
+LEAKING = [pytest.param("doge", marks=DECODES), pytest.param("umt5", marks=DECODES), "gpt_oss"]
+
+
+@pytest.mark.parametrize("model_type", LEAKING)
 def test_choose_layout_pads_what_leaks(model_type):
     """Doge's weights get no gradient packed; UMT5 and gpt-oss attend in their own way."""
     assert not prepare(tiny_family(model_type)).packing
@@ -318,7 +324,7 @@ def test_text_after_keeps_the_space():
     before = tokenizer("step by step.")["input_ids"]
     ids = tokenizer.convert_tokens_to_ids(["▁First", "▁add"])
     assert tokenizer.decode(ids) == "First add"
-    assert decoding.text_after(tokenizer, before[-1:], ids) == " First add"
+    assert sampling.text_after(tokenizer, before[-1:], ids) == " First add"
 
 
 def test_generate_goes_on_after_the_prompt(monkeypatch):

@@ -3,7 +3,8 @@
     python -m pytest tests/test_replies.py
 
 What a reply becomes in the journal, in the completion file and in curation, and what it costs.
-The source of a shape is the documentation, or the issue, that shows it.
+The source of a shape is the page, or the issue, that shows it; "not checked" stands where none was
+found again, "a neighbour" where a shape is one that nobody documents, one step from those that are.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import curation
+import refusals
 import replies
 import steps
 import teacher
@@ -78,7 +80,7 @@ OPENROUTER = "openrouter.ai, errors and debugging; reasoning tokens, 2026"
 MISTRAL = "docs.mistral.ai, reasoning; spring-ai pull request 5020 (magistral-medium-2509)"
 HARMONY = "OpenAI cookbook, harmony response format, 2025-08"
 QWEN = "model card of Qwen3-8B: enable_thinking"
-OLLAMA = "Ollama 0.9.0 release notes: thinking; 0.13, reasoning in /v1"
+OLLAMA = "ollama issue 15288: reasoning in /v1"
 SEEN = "seen on loopback: docs/api_teacher.md"
 
 R1_TEMPLATE = "model card of DeepSeek-R1-0528: the template opens the block"
@@ -86,6 +88,12 @@ THINKING = [{"type": "thinking", "thinking": [{"type": "text", "text": "Flip."}]
 HARMONY_TEXT = "<|channel|>analysis<|message|>Flip.<|end|><|start|>assistant"
 HARMONY_TEXT += "<|channel|>final<|message|>" + TEXT + "<|return|>"
 
+LLAMA_CHOICE = {
+    "index": 0,
+    "message": {"content": f" Flip.</think> {TEXT}", "role": "assistant"},
+    "logprobs": None,
+    "finish_reason": "stop",
+}
 SHAPES = [
     # ends, under all their names
     Shape("plain", OPENAI, chat()),
@@ -95,7 +103,11 @@ SHAPES = [
     Shape("filtered", OPENAI, chat(TEXT, "content_filter"), end="content_filter", kept=False),
     Shape("eos", "openai-dotnet pull request 267: Together", chat(reason="eos")),
     Shape("eos_token", "text-generation-inference pull request 2344", chat(reason="eos_token")),
-    Shape("stop_sequence", "text-generation-inference 2.0 API", chat(reason="stop_sequence")),
+    Shape(
+        "stop_sequence",
+        "text-generation-inference 2.0 API, not checked again",
+        chat(reason="stop_sequence"),
+    ),
     Shape("end_turn", ANTHROPIC, chat(reason="end_turn")),
     Shape("max_tokens", ANTHROPIC, chat(reason="max_tokens"), end="length", kept=False),
     Shape(
@@ -104,15 +116,19 @@ SHAPES = [
     Shape("STOP", GEMINI, chat(reason="STOP")),
     Shape("MAX_TOKENS", GEMINI, chat(reason="MAX_TOKENS"), end="length", kept=False),
     Shape("SAFETY", GEMINI, chat(reason="SAFETY"), end="content_filter", kept=False),
-    Shape("null", OLLAMA, chat(reason=None)),
-    Shape("empty", OLLAMA, chat(reason="")),
-    Shape("reason as an object", "SGLang 0.4, meta_info", chat(reason={"type": "stop"})),
+    Shape("null", "of a complete reply not checked; every chunk of a stream", chat(reason=None)),
+    Shape("empty", "a neighbour", chat(reason="")),
+    Shape(
+        "reason as an object",
+        "SGLang 0.4, meta_info, not checked again",
+        chat(reason={"type": "stop"}),
+    ),
     Shape("reason as a number", "a neighbour", chat(reason=1)),
     Shape("unknown", "a neighbour", chat(reason="weird")),
     Shape("tool_calls", OPENAI, chat(reason="tool_calls")),
     Shape(
         "model_length",
-        "docs.mistral.ai API: finish_reason",
+        "Mistral's OpenAPI document 1.0.0: FinishReason",
         chat(reason="model_length"),
         end="length",
         kept=False,
@@ -231,7 +247,9 @@ SHAPES = [
         chat(reasoning_details=[{"type": "reasoning.summary", "summary": "Flip."}]),
         reasoning="Flip.",
     ),
-    Shape("thinking", OLLAMA, chat(thinking="Flip."), reasoning="Flip."),
+    Shape(
+        "thinking", "Ollama's own /api/chat, by proxies", chat(thinking="Flip."), reasoning="Flip."
+    ),
     Shape(
         "LiteLLM",
         "docs.litellm.ai, reasoning content",
@@ -265,6 +283,12 @@ SHAPES = [
     ),
     Shape("think tags", QWEN, chat(f"<think>\nFlip.\n</think>\n\n{TEXT}"), reasoning="Flip."),
     Shape("no thinking", QWEN, chat(f"<think>\n\n</think>\n\n{TEXT}")),
+    Shape(
+        "closing tag alone, llama-cpp-python",
+        "seen: llama-cpp-python 0.3.36, a template that opens the block",
+        chat() | {"choices": [LLAMA_CHOICE]},
+        reasoning="Flip.",
+    ),
     Shape("closing tag alone", R1_TEMPLATE, chat(f"Flip.\n</think>\n{TEXT}"), reasoning="Flip."),
     Shape("unclosed tag", QWEN, chat("<think>Flip. Then"), "", "Flip. Then", "length", kept=False),
     Shape(
@@ -297,7 +321,7 @@ SHAPES = [
     ),
     Shape(
         "harmony, tokens left out",
-        "vLLM issue: skip_special_tokens",
+        "seen by clients as analysis...assistantfinal...; the server is not checked",
         chat(f"analysisFlip.assistantfinal{TEXT}"),
         reasoning="Flip.",
     ),
@@ -317,7 +341,7 @@ SHAPES = [
     ),
     Shape(
         "thought tokens in total alone",
-        GEMINI,
+        "any-llm issue 1290, not checked again",
         chat(usage={"prompt_tokens": 20, "completion_tokens": 198, "total_tokens": 623}),
         tokens=(20, 603),
     ),
@@ -328,7 +352,7 @@ SHAPES = [
     ),
     Shape(
         "reasoning tokens at the top",
-        "docs.perplexity.ai, usage",
+        "@ai-sdk/perplexity 3.0.19, convert-perplexity-usage",
         chat(usage={"prompt_tokens": 10, "completion_tokens": 5, "reasoning_tokens": 3}),
         reasoning="",
     ),
@@ -486,6 +510,19 @@ FAULTS = [
         "an error inside a reply (429)",
         status=429,
     ),
+    Fault(
+        "a flagged question",
+        OPENROUTER,
+        {
+            "error": {
+                "code": 403,
+                "message": "x",
+                "metadata": {"reasons": ["y"], "flagged_input": "q"},
+            }
+        },
+        "an error inside a reply (403)",
+        status=403,
+    ),
     Fault("error as text", "Ollama", {"error": "model not found"}, "an error inside a reply"),
     Fault(
         "insufficient_system_resource",
@@ -578,6 +615,10 @@ def test_read_reply_million_choices(monkeypatch):
 # ---- what servers say
 
 WORDS = [
+    (  # llama-cpp-python 0.3.36, of a prompt that is no list
+        {"error": {"message": "1 validation error", "type": "internal_server_error", "code": None}},
+        "1 validation error",
+    ),
     ({"error": {"message": "no model", "code": 404}}, "no model"),
     (
         {"error": "model 'x' not found, try pulling it first"},
@@ -597,9 +638,9 @@ WORDS = [
 @pytest.mark.parametrize("body, words", WORDS)
 def test_server_words(body, words):
     """The sentence in the body of an error is found, whatever its form."""
-    assert replies.server_words(body) == words
+    assert refusals.server_words(body) == words
 
 
 def test_printable_escapes():
     """What a terminal would take for an order is shown; letters of any alphabet stay."""
-    assert replies.printable("a\x1b[31m\r\nb\u202e\u00e9") == r"a\x1b[31m b\u202eé"
+    assert refusals.printable("a\x1b[31m\r\nb\u202e\u00e9") == r"a\x1b[31m b\u202eé"

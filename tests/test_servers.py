@@ -133,6 +133,7 @@ def test_read_parameters_all():
 
 REFUSED_PARAMETERS = [
     ({"extra_body": "{"}, "--extra_body is not JSON"),
+    ({"extra_body": '{"a": NaN}'}, "--extra_body is not JSON"),
     ({"extra_body": "[1]"}, "must be a JSON object"),
     ({"extra_body": '{"n": 2, "model": "x"}'}, "--extra_body may not set model, n"),
     ({"top_p": 0.0}, "--top_p 0.0 must be above 0"),

@@ -1,4 +1,4 @@
-"""Files, journals, locks, settings, completion datasets, ranks.
+"""Files, journals, locks, settings, completion datasets.
 
 python -m pytest tests/test_storage.py
 """
@@ -56,24 +56,6 @@ def test_write_atomic_makes_folders(tmp_path, content):
     assert (tmp_path / "a" / "b" / "f").stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b'{"a": 1', "not valid JSON"),
-        (b"", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"\xff\xfe\x00", "not UTF-8"),
-        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' is there twice"),
-        (b"[1]", "holds a JSON list, not an object"),
-    ],
-)
-def test_read_json_malformed(tmp_path, content, message):
-    """Malformed JSON is refused with the file's name."""
-    (tmp_path / "f.json").write_bytes(content)
-    with pytest.raises(UserError, match=rf"f\.json.*{message}"):
-        storage.read_json(tmp_path / "f.json")
-
-
 @pytest.mark.parametrize("name", ["missing", ".", "file/below"])
 def test_read_text_missing(tmp_path, name):
     """What is no file is named."""
@@ -87,13 +69,6 @@ def test_read_jsonl_line_ends(tmp_path):
     (tmp_path / "f.jsonl").write_text('\ufeff{"a": "x\u2028y"}\r\n\n{"a": 2}')
     rows = storage.read_jsonl(tmp_path / "f.jsonl")
     assert [row["a"] for row in rows] == ["x\u2028y", 2]
-
-
-def test_read_jsonl_malformed(tmp_path):
-    """Malformed JSON lines are named with their line."""
-    (tmp_path / "f.jsonl").write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(UserError, match=r"f\.jsonl, line 2 is not valid JSON"):
-        storage.read_jsonl(tmp_path / "f.jsonl")
 
 
 def test_replace_lone_surrogates_makes_text_encodable():
@@ -110,11 +85,30 @@ def test_import_is_light():
 
 # ---------------------------------------------------------------- journals
 
-JOURNAL_ROWS = [
-    {"key": "a", "x": 1},
-    {"key": "b", "x": "\u2028\n"},
-    {"key": "c", "x": 4},
+JOURNAL_ROWS = [{"key": "a", "x": 1}, {"key": "b", "x": "\u2028\n"}, {"key": "c", "x": 4}]
+
+
+VALUES = [
+    "NaN",
+    "-Infinity",
+    "1e400",
+    "-0.0",
+    "1" * 40,
+    r'"\ud800"',
+    r'"\u2028"',
+    "[" * 300 + "]" * 300,
 ]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_journal_reads_as_json(tmp_path, value):
+    """A value in a journal is what json makes of it."""
+    line = f'{{"key": "a", "x": {value}}}\n'
+    path = tmp_path / "journal.jsonl"
+    path.write_text(line)
+    journal = storage.Journal(path)
+    journal.close()
+    assert repr(journal.rows["a"]) == repr(json.loads(line))
 
 
 @pytest.fixture
@@ -482,26 +476,6 @@ def test_changed_settings_says_hashes_in_words():
     assert text == "lr 0.1 -> 0.2, source (the file it was made from)"
 
 
-FINETUNE_ERRORS = [
-    ("f.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "row 1 needs"),
-    ("f.jsonl", '{"messages": [1, 2]}', "row 1 needs"),
-    ("f.json", '{"sample_index": [0], "input": ["a"]}', "is not a fine-tuning file"),
-    ("f.json", '{"sample_index": [0], "input": ["a"], "label": []}', "is not a fine-tuning file"),
-    ("f.json", '{"sample_index": [0], "input": [1], "label": ["a"]}', "is not a fine-tuning file"),
-    ("f.json", '{"sample_index": [], "input": [], "label": []}', "holds no sample"),
-    ("f.jsonl", '{"prompt": "a", "completion": "b"}\n[]', "is not a fine-tuning file"),
-    ("f.jsonl", "", "holds no sample"),
-]
-
-
-@pytest.mark.parametrize("name, content, message", FINETUNE_ERRORS)
-def test_read_finetune_data_refuses(tmp_path, name, content, message):
-    """What is no fine-tuning file, or an empty one, is refused."""
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
-        storage.read_finetune_data(tmp_path / name)
-
-
 def completion(i: int, k: int, **changes: object) -> dict:
     """A row of a completion file."""
     row = {"sample_index": i, "completion_index": k, "question": "q", "answer": "1"}
@@ -528,30 +502,26 @@ def test_read_completions_in_order(tmp_path):
     assert metadata == {"dataset_key": "multiarith", "epoch": None}
 
 
-BAD_ROWS = [
-    {"sample_index": True},
-    {"sample_index": 2},
-    {"completion_index": "0"},
-    {"question": None},
-    {"answer": 1},
-    {"completion": 1},
-    {"reasoning_completion": 1},
+BAD_ROWS = [  # what stands where the rows of a sample should
+    [completion(1, 0, sample_index=True)],
+    [completion(1, 0, sample_index=2)],
+    [completion(1, 0, completion_index="0")],
+    [completion(1, 0, question=None)],
+    [completion(1, 0, answer=1)],
+    [completion(1, 0, completion=1)],
+    [completion(1, 0, reasoning_completion=1)],
+    {},
+    [1],
+    [{"sample_index": 1}],
 ]
 
 
-@pytest.mark.parametrize("changes", BAD_ROWS)
-def test_read_completions_bad_row(tmp_path, changes):
+@pytest.mark.parametrize("rows", BAD_ROWS)
+def test_read_completions_bad_row(tmp_path, rows):
     """A row that lacks what every completion has is refused with its sample."""
-    path = write_dataset(tmp_path / "c.json", {"1": [completion(1, 0, **changes)]})
+    path = write_dataset(tmp_path / "c.json", {"1": rows})
     with pytest.raises(UserError, match="a completion of sample 1 lacks"):
         completions.read_completions(path)
-
-
-@pytest.mark.parametrize("rows", [{"1": {}}, {"1": [1]}, {"1": [{"sample_index": 1}]}])
-def test_read_completions_no_row(tmp_path, rows):
-    """What is no row at all is refused too."""
-    with pytest.raises(UserError, match="a completion of sample 1 lacks"):
-        completions.read_completions(write_dataset(tmp_path / "c.json", rows))
 
 
 def test_read_completions_twice(tmp_path):
@@ -567,6 +537,9 @@ METADATA_ERRORS = [
     ({"settings": []}, r"settings in its metadata is \[\]"),
     ({"validation": "x"}, 'validation in its metadata is "x"'),
     ({"prediction_template": 3}, "prediction_template in its metadata is 3"),
+    ({"prediction_template": ["zs"]}, "prediction_template in its metadata is"),
+    ({"epoch": "3"}, "epoch in its metadata is"),
+    ({"dataset_key": ["toy"]}, "dataset_key in its metadata is"),
     ({"dataset_key": "aqua"}, "holds completions of the task aqua, not multiarith"),
 ]
 
@@ -577,14 +550,6 @@ def test_read_completions_metadata(tmp_path, metadata, message):
     path = write_dataset(tmp_path / "c.json", {}, **metadata)
     with pytest.raises(UserError, match=message):
         completions.read_completions(path, "multiarith")
-
-
-@pytest.mark.parametrize("content", ['{"data": {}}', '{"metadata": {}, "data": {}}', "{}"])
-def test_read_completions_other_file(tmp_path, content):
-    """Another JSON file is told what a completion file is."""
-    (tmp_path / "c.json").write_text(content)
-    with pytest.raises(UserError, match='is not a completion file, {"metadata"'):
-        completions.read_completions(tmp_path / "c.json")
 
 
 def test_write_completions_keeps_what_was_there(tmp_path, capsys):
@@ -609,44 +574,52 @@ def test_read_prompts_limits(tmp_path):
     assert (rows[0]["id"], prompts, limits) == (7, ["a", "b"], [3, 9])
 
 
-@pytest.mark.parametrize("limit", ["0", "true", "null", "1.5", '"3"'])
-def test_read_prompts_bad_limit(tmp_path, limit):
-    """A limit that is no number above 0 is refused with its row."""
-    text = f'{{"prompt": "a"}}\n{{"prompt": "b", "max_new_tokens": {limit}}}'
-    (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(UserError, match="row 2: it needs"):
-        storage.read_prompts(tmp_path / "p.jsonl", 9)
+def read_prompts(path: Path) -> tuple:
+    return storage.read_prompts(path, 9)
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"prompt": 3}'])
-def test_read_prompts_no_prompt(tmp_path, line):
-    """A line without a prompt is refused."""
-    (tmp_path / "p.jsonl").write_text(line)
-    with pytest.raises(UserError, match="row 1: it needs"):
-        storage.read_prompts(tmp_path / "p.jsonl", 9)
+NO_REPLY = b'{"messages": [{"role": "user", "content": "a"}]}'
+NO_DATA = b'{"metadata": {"dataset_key": "toy"}, "data": []}'
+NO_FINETUNE = "is not a fine-tuning file"
+NO_COMPLETIONS = r'c\.json is not a completion file, {"metadata"'
+REFUSED = [  # what reads a file, its name and content, what is said
+    (storage.read_json, "f.json", b'{"a": 1', r"f\.json.*not valid JSON"),
+    (storage.read_json, "f.json", b"", r"f\.json.*not valid JSON"),
+    (storage.read_json, "f.json", b"[" * 100_000, r"f\.json.*not valid JSON"),
+    (storage.read_json, "f.json", b"\xff\xfe\x00", r"f\.json.*not UTF-8"),
+    (storage.read_json, "f.json", b'{"a": {"b": 1, "b": 2}}', r"f\.json.*'b' is there twice"),
+    (storage.read_json, "f.json", b"[1]", r"f\.json.*holds a JSON list, not an object"),
+    (storage.read_jsonl, "f.jsonl", b'{"a": 1}\n{"a": \n', r"f\.jsonl, line 2 is not valid JSON"),
+    (storage.read_finetune_data, "f.jsonl", NO_REPLY, "row 1 needs"),
+    (storage.read_finetune_data, "f.jsonl", b'{"messages": [1, 2]}', "row 1 needs"),
+    (storage.read_finetune_data, "f.json", b'{"input": ["a"]}', NO_FINETUNE),
+    (storage.read_finetune_data, "f.json", b'{"input": ["a"], "label": []}', NO_FINETUNE),
+    (storage.read_finetune_data, "f.json", b'{"input": [1], "label": ["a"]}', NO_FINETUNE),
+    (storage.read_finetune_data, "f.json", b'{"input": [], "label": []}', "holds no sample"),
+    (storage.read_finetune_data, "f.jsonl", b'{"prompt": "", "completion": ""}\n[]', NO_FINETUNE),
+    (storage.read_finetune_data, "f.jsonl", b"", "holds no sample"),
+    (completions.read_completions, "c.json", b'{"data": {}}', NO_COMPLETIONS),
+    (completions.read_completions, "c.json", b'{"metadata": {}, "data": {}}', NO_COMPLETIONS),
+    (completions.read_completions, "c.json", b"{}", NO_COMPLETIONS),
+    (completions.read_completions, "c.json", NO_DATA, NO_COMPLETIONS),
+    (read_prompts, "p.jsonl", b"[]", "row 1: it needs"),
+    (read_prompts, "p.jsonl", b"{}", "row 1: it needs"),
+    (read_prompts, "p.jsonl", b'{"prompt": 3}', "row 1: it needs"),
+]
+for limit in (b"0", b"true", b"null", b"1.5", b'"3"'):
+    rows = b'{"prompt": "a"}\n{"prompt": "b", "max_new_tokens": %b}' % limit
+    REFUSED.append((read_prompts, "p.jsonl", rows, "row 2: it needs"))
 
 
-# ---------------------------------------------------------------- ranks
+@pytest.mark.parametrize("read, name, content, message", REFUSED)
+def test_readers_refuse(tmp_path, read, name, content, message):
+    """What is malformed, another file or empty is refused in a sentence that names it."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
 
 
-TWO_RANKS = """
-import sys, distributed, torch.distributed as dist
-rank = int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
-calls = []
-ranks = distributed.Ranks(rank, 2)
-result = distributed.on_rank0(ranks, lambda: calls.append(1) or {"from": rank})
-distributed.print0(ranks, "once")
-print(result, calls)
-dist.destroy_process_group()
-"""
-
-
-def test_on_rank0_of_two(tmp_path):
-    """Rank 0 alone runs the function, and both have its result."""
-    processes = [run_python(TWO_RANKS, tmp_path / "store", rank) for rank in (0, 1)]
-    printed = [process.communicate()[0] for process in processes]
-    assert printed == ["once\n{'from': 0} [1]\n", "{'from': 0} []\n"]
+# ---------------------------------------------------------------- progress
 
 
 def test_progress_without_a_terminal(capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import one_rank, tiny_model, tiny_tokenizer, toy_data
+from conftest import one_rank, tiny_model, tiny_tokenizer, tokenized, toy_data
 
 import storage
 import tasks
@@ -61,6 +61,25 @@ def test_tokenize_gives_what_one_call_a_text_gives(monkeypatch):
         assert sample == tokens.TrainSample(i, prompt, label)
 
 
+def test_tokenize_keeps_a_text_of_several_samples_once():
+    data = {"sample_index": [1, 1, 2], "input": ["ab", "ab", "c"], "label": ["d", "e", "d"]}
+    samples, _ = tokens.tokenize(tiny_tokenizer(), "decoder", data, 512)
+    assert samples.rows.tolist() == [[1, 0, 2], [1, 0, 3], [2, 1, 2]]
+    assert samples[0].prompt == samples[1].prompt
+    assert samples[0].label == samples[2].label
+
+
+@pytest.mark.parametrize("is_special", [True, False])
+def test_encode_gives_what_the_tokenizers_own_call_gives(is_special):
+    """With what a tokenizer's file says of padding and of truncation overridden."""
+    tokenizer = tiny_tokenizer(bos=True)
+    texts = ["ab c", "", "a longer text"]
+    expected = [tokenizer(text, add_special_tokens=is_special)["input_ids"] for text in texts]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    assert tokens.encode(tokenizer, texts, is_special) == expected
+
+
 def test_tokenized_samples_are_a_sequence():
     samples, _ = tokens.tokenize(tiny_tokenizer(), "decoder", toy_data(20), 512)
     assert len(samples) == 20
@@ -75,7 +94,7 @@ def test_tokenized_samples_are_a_sequence():
 @pytest.mark.parametrize("largest, dtype", [(2**16 - 1, torch.uint16), (2**16, torch.int32)])
 def test_tokenized_samples_take_two_bytes_a_token_where_they_fit(largest, dtype):
     sample = tokens.TrainSample(3, [5, largest], [0])
-    samples = tokens.TokenizedSamples.from_samples([sample])
+    samples = tokenized([sample])
     assert samples.token_ids.dtype == dtype
     assert samples.largest_id == largest
     assert list(samples) == [sample]

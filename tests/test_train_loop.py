@@ -1,5 +1,6 @@
 """The loop against Hugging Face.   python -m pytest tests/test_train_loop.py"""
 
+import functools
 import math
 import signal
 
@@ -44,14 +45,21 @@ GROUPINGS = {
 }
 
 
+@functools.cache
+def oracle(kind):
+    """-> 8 samples, and the oracle's loss and gradients of them, made once."""
+    model = tiny_model(kind)
+    samples = samples_for(model, tiny_tokenizer(bos=kind == "llama"))[:8]
+    return samples, *hugging_face_loss_and_gradients(model, samples)
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
 @pytest.mark.parametrize("changes", GROUPINGS.values(), ids=GROUPINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimizer_step_equals_hugging_face_on_the_padded_batch(kind, changes, plain):
     """Loss and gradients are Hugging Face's own, however the batch is grouped."""
     model = tiny_model(kind)
-    samples = samples_for(model, tiny_tokenizer(bos=kind == "llama"))[:8]
-    expected, expected_gradients = hugging_face_loss_and_gradients(model, samples)
+    samples, expected, expected_gradients = oracle(kind)
     loss, gradients = step_loss_and_gradients(model, samples, plain=plain, **changes)
     assert loss == pytest.approx(expected, rel=1e-6)
     assert_gradients_equal(gradients, expected_gradients)
@@ -225,11 +233,7 @@ def tiny_falcon():
     """A student that does not hand keywords down to its attention."""
     torch.manual_seed(0)
     config = tf.FalconConfig(
-        vocab_size=259,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        eos_token_id=0,
+        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, eos_token_id=0
     )
     return tf.FalconForCausalLM(config)
 

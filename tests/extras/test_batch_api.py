@@ -12,7 +12,7 @@ from conftest import read_rows
 import completions
 import evaluate
 import storage
-from extras import batch_api
+from extras import batch_api, finetune_jobs
 
 Lines = list[dict]
 
@@ -20,7 +20,7 @@ Lines = list[dict]
 @pytest.fixture
 def steps(ask, monkeypatch):
     """A step of --batch on 20 toy questions: -> (exit message or None, what was printed)."""
-    monkeypatch.setattr(batch_api, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(finetune_jobs, "POLL_SECONDS", 0.01)
 
     def step(name: str, *flags: object) -> tuple[str | None, str]:
         return ask("--batch", name, "--max_attempts", 4, *flags)

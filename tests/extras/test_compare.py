@@ -4,6 +4,7 @@ python -m pytest tests/extras/test_compare.py
 """
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,55 @@ def test_mean_pass_at_1_rounds_like_the_accuracy(n, k):
             answers.append([compare.Answer("x", j < count) for j in range(k)])
         expected = round(100 * right / (n * k), 2)
         assert compare.mean_pass_at_k(answers, 1) == expected
+
+
+# ---------------------------------------------------------------- where the rules differ
+
+TEXTS = [  # of the toy's first questions: "yes" by both rules, by flexible alone, ...
+    "yes",
+    '"Yep."',
+    "It is not a no; yes",
+    "I do not know",
+]
+
+
+@pytest.fixture
+def four_answers(tmp_path):
+    """Return a completion file of four answers to a question whose answer is yes."""
+    row = {"sample_index": 0, "question": "Is it?", "answer": "yes"}
+    rows = [row | {"completion_index": k, "completion": text} for k, text in enumerate(TEXTS)]
+    path = tmp_path / "D_toy.json"
+    metadata = {"dataset_key": "toy", "prediction_template": None}
+    path.write_text(json.dumps({"metadata": metadata, "data": {"0": rows}}))
+    return path
+
+
+def test_show_disagree(four_answers, capsys):
+    """show --disagree prints the completions that one set of rules alone calls right."""
+    evaluate.main(["show", str(four_answers), "--disagree"])
+    text = capsys.readouterr().out
+    assert "1 of 4 are right by the flexible rules alone" in text
+    assert "0 of 4 are right by the paper's rules alone" in text
+    assert 'completion: "Yep."' in text
+    assert "flexible:   yes is right" in text
+
+
+def test_show_disagree_limit(four_answers, capsys):
+    """--limit holds for every kind."""
+    evaluate.main(["show", str(four_answers), "--disagree", "--limit", "0"])
+    assert "1 of 4 are right by the flexible rules alone; the first 0:" in capsys.readouterr().out
+
+
+OTHERS = [  # two predictions, whether they differ
+    ("18.00", 18.0, False),
+    ("18", 19.0, True),
+    (None, "", False),
+    (None, "no", True),
+    ("Yes", "yes", False),
+]
+
+
+@pytest.mark.parametrize("a, b, differ", OTHERS)
+def test_is_other_answer(a, b, differ):
+    """Predictions are compared by value."""
+    assert compare.is_other_answer(a, b) == differ

@@ -8,20 +8,12 @@ python -m pytest tests/extras/test_cpu_decoding.py
 import pytest
 import torch
 import transformers
-from conftest import (
-    KINDS,
-    PROMPTS,
-    tiny_bart,
-    tiny_family,
-    tiny_lfm2,
-    tiny_model,
-    tiny_tokenizer,
-)
+from conftest import KINDS, PROMPTS, tiny_bart, tiny_family, tiny_lfm2, tiny_model, tiny_tokenizer
 
 import decoding
 import models
 from extras import cpu_decoding
-from extras.cpu_decoding import PAGE, PagedLayer, PageTable
+from extras.cpu_pages import PAGE, PagedLayer, PageTable
 
 LIMITS = [3, 90, 7, 1, 30, 12, 5, 60, 2, 9, 80, 4, 33, 21, 6, 2, 70, 10, 8, 40, 3]
 

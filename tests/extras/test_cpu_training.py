@@ -7,13 +7,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import (
-    prepare_training,
-    samples_for,
-    tiny_model,
-    tiny_tokenizer,
-    train_config,
-)
+from conftest import prepare_training, samples_for, tiny_model, tiny_tokenizer, train_config
 
 import train_loop
 from extras import cpu_training
@@ -51,8 +45,14 @@ def output_and_gradients(forward, layer, x, grad):
     return output, inputs.grad, layer.weight.grad
 
 
-def test_head_forward_equals_the_layer():
+LINEARS = [torch.nn.functional.linear, cpu_training.onednn_linear]
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_head_forward_equals_the_layer(linear):
     """So do its gradients."""
+    if linear is cpu_training.onednn_linear and not cpu_training.has_onednn():
+        pytest.skip("this torch has no oneDNN")
     torch.manual_seed(0)
     layer = torch.nn.Linear(24, 40, bias=False)
     x = torch.randn(2, 5, 24)
@@ -60,19 +60,30 @@ def test_head_forward_equals_the_layer():
     expected = output_and_gradients(layer.forward, layer, x, grad)
 
     def forward(inputs):
-        return cpu_training.head_forward(layer, inputs)
+        return cpu_training.head_forward(layer, linear, inputs)
 
     for a, b in zip(output_and_gradients(forward, layer, x, grad), expected, strict=True):
         assert a.shape == b.shape
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_head_forward_adds_to_the_gradient_in_its_place():
+    layer = torch.nn.Linear(3, 4, bias=False)
+    x = torch.randn(5, 3)
+    layer(x).sum().backward()
+    gradient = layer.weight.grad
+    once = gradient.clone()
+    cpu_training.head_forward(layer, torch.nn.functional.linear, x).sum().backward()
+    assert layer.weight.grad is gradient
+    assert torch.allclose(gradient, 2 * once)
+
+
 CASES = {  # kind, precision: whether the head is patched, how many embeddings are sparse
     ("gpt2", "fp32"): (True, 1),
     ("gpt2", "bf16"): (False, 1),
     ("llama", "fp32"): (True, 0),  # whose embedding is not the head's
-    ("t5", "fp32"): (False, 3),  # shared, of the encoder, of the decoder
-    ("flan-t5", "fp32"): (False, 3),
+    ("t5", "fp32"): (True, 3),  # shared, of the encoder, of the decoder
+    ("flan-t5", "fp32"): (True, 3),
 }
 
 
@@ -99,12 +110,13 @@ def test_cpu_training_patches_leave_a_compiled_student_alone():
         assert [dict(vars(module)) for module in setup.state.model.modules()] == before
 
 
-def test_cpu_training_patches_leave_the_head_alone_without_the_operator(monkeypatch):
+def test_cpu_training_patches_do_without_the_operator(monkeypatch):
     """Another version of torch may lack it."""
     monkeypatch.setattr(cpu_training, "has_onednn", lambda: False)
     setup = prepared("gpt2")
     with cpu_training.cpu_training_patches(setup):
-        assert "forward" not in vars(setup.state.model.get_output_embeddings())
+        _, linear = setup.state.model.get_output_embeddings().forward.args
+        assert linear is torch.nn.functional.linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -15,11 +15,23 @@ from conftest import (
 from extras import gpu_training
 
 
-def test_padded_places_lead_to_padded_rows_and_back():
-    to_padded, to_row, is_real = gpu_training.padded_places((2, 3), torch.device("cpu"))
-    assert to_padded.tolist() == [[0, 1, 0], [2, 3, 4]]
-    assert to_row.tolist() == [0, 1, 3, 4, 5]
-    assert is_real.tolist() == [[True, True, False], [True, True, True]]
+def test_compute_places_lead_to_padded_rows_and_back():
+    """Padding is the dummy at the end of the row, which finds itself in the first padding."""
+    to_padded, to_row = gpu_training.compute_places([2, 3], size=7, width=4)
+    assert to_padded.tolist() == [[0, 1, 6, 6], [2, 3, 4, 6]]
+    assert to_row.tolist() == [0, 1, 4, 5, 6, 3, 3]
+
+
+def test_gather_adds_nothing_up():
+    """The gradient of a dummy is that of one of its copies; all others are index_select's."""
+    to_padded, to_row = gpu_training.compute_places([2, 3], size=7, width=4)
+    there = torch.from_numpy(to_padded).flatten()
+    back = torch.from_numpy(to_row)
+    x = torch.arange(7.0, requires_grad=True)
+    y = gpu_training.Gather.apply(x, there, back)
+    assert y.tolist() == [0, 1, 6, 6, 2, 3, 4, 6]
+    y.backward(torch.arange(8.0))
+    assert x.grad.tolist() == [0, 1, 4, 5, 6, 3, 3]
 
 
 CHANGES = [{}, {"micro_batch_size": 3}, {"gradient_checkpointing": True}]
@@ -32,9 +44,9 @@ def test_padded_attention_equals_hugging_face(kind, changes, monkeypatch):
     calls = []
     pad_samples = gpu_training.pad_samples
 
-    def counted(x, to_padded):
+    def counted(x, places):
         calls.append(x.shape)
-        return pad_samples(x, to_padded)
+        return pad_samples(x, places)
 
     monkeypatch.setattr(gpu_training, "pad_samples", counted)
     model = tiny_model(kind)

@@ -66,10 +66,9 @@ def test_find_answer(task, template, text, answer, rules, marked):
 def two_runs(report_toy, tmp_path):
     """Two runs of ten questions: 7 right and one unreadable; 5 right, of them 2 the other's."""
     outcomes = [True] * 7 + [False, False, None]
-    names = ("D_toy__T_ft_cot__E_002", "D_toy__T_ft_cot_s1__E_001")
-    answers_file(tmp_path, lambda i, k: outcomes[i], names[0], epoch=2)
-    answers_file(tmp_path, lambda i, k: i >= 5, names[1], train_key="ft_cot_s1")
-    answers_file(tmp_path, lambda i, k: i < 4, "D_toy__T_ft_cot__E_001")
+    answers_file(tmp_path, lambda i, k: outcomes[i], epoch=2)
+    answers_file(tmp_path, lambda i, k: i >= 5, train_key="ft_cot_s1")
+    answers_file(tmp_path, lambda i, k: i < 4)
     return tmp_path
 
 

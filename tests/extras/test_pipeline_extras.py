@@ -8,7 +8,6 @@ Grids and studies: test_studies.py; the Batch API: test_batch_api.py.
 import re
 
 import pytest
-from conftest import SMALL
 
 import evaluate
 import storage
@@ -22,6 +21,19 @@ def test_curate_published_api_file(shared, published, tmp_path):
     assert "keeping the 323 of 420 rationales whose answer is right" in out
     name = "finetune_data/P_openai/F_zs_cot_multiarith.jsonl"
     assert (tmp_path / name).read_bytes() == (shared / "saved" / name).read_bytes()
+
+
+def test_curate_filter_of_nothing(published, tmp_path):
+    """Where no completion gives an answer, --filter all says so."""
+    path = tmp_path / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
+    content = storage.read_json(path)
+    for rows in content["data"].values():
+        for row in rows:
+            row["completion"] = "no idea"
+    storage.write_json(path, content)
+    message, _ = published("--method ft_cot --filter all")
+    assert message.startswith("error: no rationale is left for multiarith")
+    assert "in none of them can an answer be read" in message
 
 
 FILTERED = [  # flags, whether the labels' answers are right
@@ -46,32 +58,24 @@ def test_curate_filter(small_toy, tmp_path, method, flags, right):
     assert {label.endswith(f"--> {gold[i]}") for i, label in labels} == right
 
 
-@pytest.fixture
-def finished(small_toy, tmp_path, method):
-    """A saved/ after a run of both methods."""
-    message, _ = method(f"--saved {tmp_path} {SMALL}")
-    assert message is None
-    return tmp_path
-
-
-def test_table_after_a_run(finished, capsys):
+def test_table_after_a_run(small_toy, trained_toy, capsys):
     """The table has a row a method, with its accuracy on the toy."""
-    evaluate.main(["table", "--saved", str(finished)])
+    evaluate.main(["table", "--saved", str(trained_toy)])
     out = capsys.readouterr().out
     assert len(re.findall(r"^toy_student +ft, last epoch +\d+\.\d\d", out, re.M)) == 1
     assert len(re.findall(r"^toy_student +ft_cot.*, last epoch +\d+\.\d\d", out, re.M)) == 1
 
 
-def test_show_after_a_run(finished, capsys):
+def test_show_after_a_run(small_toy, trained_toy, capsys):
     """A student's completions can be read with their verdicts."""
-    [path] = finished.glob("completion_data/B_toy_student__C_ft_cot/*.json")
+    [path] = trained_toy.glob("completion_data/B_toy_student__C_ft_cot/*.json")
     evaluate.main(["show", str(path)])
     assert "A coin is heads up." in capsys.readouterr().out
 
 
-def test_diff_after_a_run(finished, capsys):
+def test_diff_after_a_run(small_toy, trained_toy, capsys):
     """Two students can be compared question by question."""
-    paths = sorted(finished.glob("completion_data/B_toy_student__C_ft*/*.json"))
+    paths = sorted(trained_toy.glob("completion_data/B_toy_student__C_ft*/*.json"))
     evaluate.main(["diff", *map(str, paths)])
     assert "18" in capsys.readouterr().out
 

@@ -40,7 +40,6 @@ def trained(saved: Path, key: str, limit: int, **run: object) -> None:
     answers_file(
         saved,
         lambda place, k: place < limit,
-        f"D_toy__T_{key}__E_001",
         train_key=key,
         completion_key=method,
         run=known | run,
@@ -264,6 +263,12 @@ def test_size_name_as_people_write():
     assert [plot.size_name(size) for size in sizes] == ["124M", "6.7B", "0.429M"]
 
 
+def test_side_by_side_stays_beside_its_tick():
+    """Few marks stand 0.1 apart; many are nearer, so that none leaves the axes."""
+    assert plot.side_by_side(3) == pytest.approx([-0.1, 0, 0.1])
+    assert max(plot.side_by_side(17)) < 0.45
+
+
 def test_plot_without_matplotlib(monkeypatch, tmp_path):
     """Without matplotlib one sentence says so."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -278,8 +283,7 @@ def draw(report_toy, tmp_path):
     pytest.importorskip("matplotlib")
     run = {"degree": 2, "seed": 0, "questions": 23, "parameters": 1000, "teacher": "toy"}
     for epoch, limit in ((1, 4), (2, 9)):
-        name = f"D_toy__T_ft_cot__E_{epoch:03d}"
-        answers_file(tmp_path, lambda place, k, n=limit: place < n, name, epoch=epoch, run=run)
+        answers_file(tmp_path, lambda place, k, n=limit: place < n, epoch=epoch, run=run)
 
     def draw(kind: str, *flags: str, form: str = "png") -> bytes:
         """Run the command."""

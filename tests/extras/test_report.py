@@ -75,6 +75,17 @@ def test_collect_splits_of_one_method(report_toy, tmp_path):
     assert accuracies(tmp_path) == {"zs, split default": 40.0, "zs, split template": 70.0}
 
 
+def test_collect_files_of_a_task_without_a_row(report_toy, tmp_path):
+    """They are counted in one sentence, however many there are."""
+    for name in ("a.json", "b.json"):
+        metadata = {"dataset_key": "apples"}
+        storage.write_json(tmp_path / name, {"metadata": metadata, "data": {}})
+    _, messages = report.collect([tmp_path / "a.json", tmp_path / "b.json"], tmp_path)
+    assert messages == [
+        "not in the table: 2 files of 'apples', a task that tasks.TASKS has no row for"
+    ]
+
+
 def test_collect_temperatures(report_toy, tmp_path):
     """Answers sampled at two temperatures are rows of their own."""
     for limit, temperature in ((4, 0.5), (7, 0.9)):
@@ -106,8 +117,7 @@ def test_collect_mean_of_one_task(report_toy, tmp_path, monkeypatch):
     train, test = tasks.default_split("toy")
     storage.write_json(tmp_path / "split/coins__default.json", {"train": train, "test": test})
     answers_file(tmp_path, first(4), run={"seed": 0})
-    name = "D_toy__T_ft_cot_s1__E_001"
-    answers_file(tmp_path, first(6), name, train_key="ft_cot_s1", run={"seed": 1})
+    answers_file(tmp_path, first(6), train_key="ft_cot_s1", run={"seed": 1})
     name = "D_coins__T_ft_cot__E_001"
     answers_file(tmp_path, first(9), name, dataset_key="coins", run={"seed": 0})
     table = collect(tmp_path)
@@ -119,8 +129,7 @@ def test_collect_mean_over_seeds(report_toy, tmp_path):
     """Seeds have a row with mean and standard deviation."""
     for seed, limit in ((0, 4), (1, 7), (2, 10)):
         key = f"ft_cot_s{seed}".removesuffix("_s0")
-        name = f"D_toy__T_{key}__E_001"
-        answers_file(tmp_path, first(limit), name, train_key=key, run={"seed": seed})
+        answers_file(tmp_path, first(limit), train_key=key, run={"seed": seed})
     table = collect(tmp_path)
     [mean] = [cells["toy"] for key, cells in table.items() if key.seeds == ("0", "1", "2")]
     assert mean.accuracy == pytest.approx(70)
@@ -136,9 +145,8 @@ def test_collect_mean_needs_equal_settings(report_toy, tmp_path, other):
     """Runs whose recorded settings differ in more than the seed have no mean."""
     usual = {"epochs": 1, "lr": 0.2}
     answers_file(tmp_path, first(4), run=usual | {"seed": 0})
-    name = "D_toy__T_ft_cot_s1__E_001"
     run = usual | {"seed": 1} | other
-    answers_file(tmp_path, first(8), name, train_key="ft_cot_s1", run=run)
+    answers_file(tmp_path, first(8), train_key="ft_cot_s1", run=run)
     assert sorted(accuracies(tmp_path).values()) == [40.0, 80.0]
 
 
@@ -193,7 +201,7 @@ def test_row_labels_are_unique():
 def test_chosen_epochs_last_and_best(report_toy, tmp_path):
     """A run's epochs are named by how they were chosen."""
     for epoch, limit in ((1, 4), (2, 8), (3, 6)):
-        answers_file(tmp_path, first(limit), f"D_toy__T_ft_cot__E_{epoch:03d}", epoch=epoch)
+        answers_file(tmp_path, first(limit), epoch=epoch)
     assert accuracies(tmp_path) == {
         "ft_cot, last epoch": 60.0,
         "ft_cot, best test epoch (the paper's protocol)": 80.0,
@@ -211,7 +219,6 @@ def test_chosen_epochs_on_validation(report_toy, tmp_path):
         answers_file(
             tmp_path,
             lambda place, k, right=right: right[place],
-            f"D_toy__T_ft_cot__E_{epoch:03d}",
             epoch=epoch,
             indices=test + aside,
             validation=aside,
@@ -234,11 +241,7 @@ def line_of(lines: list[str], pattern: str, separator: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "form, separator",
-    [
-        ("terminal", r"\s{2,}"),
-        ("markdown", r"\s*\|\s*"),
-        ("latex", r"\s*&\s*|\s*\\\\$"),
-    ],
+    [("terminal", r"\s{2,}"), ("markdown", r"\s*\|\s*"), ("latex", r"\s*&\s*|\s*\\\\$")],
 )
 def test_table_of_published_files(shared, capsys, form, separator):
     """The published files score as the paper says, in every format."""
@@ -273,7 +276,7 @@ def test_table_of_nothing(tmp_path):
 def test_table_names_what_is_left_out(report_toy, tmp_path, capsys):
     """A file without a score is named on stderr."""
     answers_file(tmp_path, first(4))
-    bad = answers_file(tmp_path, first(4), "D_toy__T_bad__E_001", indices=[0], train_key="bad")
+    bad = answers_file(tmp_path, first(4), indices=[0], train_key="bad")
     evaluate.main(["table", "--saved", str(tmp_path), "--data", str(tmp_path)])
     captured = capsys.readouterr()
     assert "ft_cot, last epoch" in captured.out
@@ -292,13 +295,10 @@ def test_tasks_in_the_paper_s_order():
 def test_table_counts_answers_that_could_not_be_read(report_toy, tmp_path):
     """Beside 0.00 stands how many answers could not be read; where all could be, no line."""
     answers_file(tmp_path, lambda place, k: None, run={"seed": 0})
-    name = "D_toy__T_ft_cot_s1__E_001"
     half = [None, True] * 5
-    answers_file(
-        tmp_path, lambda place, k: half[place], name, train_key="ft_cot_s1", run={"seed": 1}
-    )
-    name = "D_toy__T_ft_cot_8aug__E_001"
-    answers_file(tmp_path, first(5), name, train_key="ft_cot_8aug", run={"degree": 8})
+    known = {"train_key": "ft_cot_s1", "run": {"seed": 1}}
+    answers_file(tmp_path, lambda place, k: half[place], **known)
+    answers_file(tmp_path, first(5), train_key="ft_cot_8aug", run={"degree": 8})
     lines = report.table_lines(collect(tmp_path, each=True), {})
     below = {}
     label = ""
@@ -316,8 +316,7 @@ def test_table_counts_answers_that_could_not_be_read(report_toy, tmp_path):
 def test_collect_epochs_of_two_students(report_toy, tmp_path):
     """Files of one name and two students are no epochs of one run, and what differs is named."""
     for epoch, model in ((1, "3fa2"), (2, "9c1b")):
-        name = f"D_toy__T_ft_cot__E_{epoch:03d}"
-        answers_file(tmp_path, first(3 * epoch), name, epoch=epoch, settings={"model": model})
+        answers_file(tmp_path, first(3 * epoch), epoch=epoch, settings={"model": model})
     expected = {"ft_cot, last epoch, model 3fa2": 30.0, "ft_cot, last epoch, model 9c1b": 60.0}
     assert accuracies(tmp_path) == expected
 
@@ -337,9 +336,8 @@ def test_collect_unfinished_run(report_toy, tmp_path):
     """The last evaluated epoch of a run that goes on is not called its last, nor averaged so."""
     for seed, epoch in ((0, 5), (1, 2)):
         key = f"ft_cot_s{seed}".removesuffix("_s0")
-        name = f"D_toy__T_{key}__E_{epoch:03d}"
         run = {"seed": seed, "epochs": 5}
-        answers_file(tmp_path, first(epoch), name, train_key=key, epoch=epoch, run=run)
+        answers_file(tmp_path, first(epoch), train_key=key, epoch=epoch, run=run)
     expected = {"ft_cot, seed 0, last epoch": 50.0, "ft_cot, seed 1, epoch 2 of 5": 20.0}
     assert accuracies(tmp_path) == expected
 
@@ -367,8 +365,7 @@ def test_table_lines_order(report_toy, tmp_path):
     files are called stands at the end."""
     for degree in (16, 2):
         key = f"ft_cot_{degree}aug"
-        name = f"D_toy__T_{key}__E_001"
-        answers_file(tmp_path, first(10), name, train_key=key, run={"degree": degree})
+        answers_file(tmp_path, first(10), train_key=key, run={"degree": degree})
     untrained(tmp_path, "D_toy__S_default", 10)
     teacher = {"completion_key": "zs_cot", "train_key": None, "epoch": None, "part": None}
     answers_file(tmp_path, first(33), "D_toy", "z", indices=range(33), **teacher)
@@ -396,13 +393,12 @@ def test_table_lines_without_keys(report_toy, tmp_path):
 def table_of(report_toy, tmp_path, capsys):
     """-> function: flags -> what table prints of ft, ft_cot with two seeds, and another model."""
     answers_file(tmp_path, first(4), run={"seed": 0, "lr": 0.1})
-    name = "D_toy__T_ft_cot_s1__E_001"
     right = [True] * 6 + [None] * 4
     known = {"train_key": "ft_cot_s1", "run": {"seed": 1, "lr": 0.1}}
-    answers_file(tmp_path, lambda place, k: right[place], name, **known)
+    answers_file(tmp_path, lambda place, k: right[place], **known)
     ft = {"completion_key": "ft", "train_key": "ft"}
-    answers_file(tmp_path, first(3), "D_toy__T_ft__E_001", **ft)
-    answers_file(tmp_path, first(2), "D_toy__T_ft__E_001", "google_flan-t5-base", **ft)
+    answers_file(tmp_path, first(3), **ft)
+    answers_file(tmp_path, first(2), model="google_flan-t5-base", **ft)
 
     def table_of(*flags: str) -> str:
         """Run the command."""

@@ -1,7 +1,14 @@
 """--shard against one process.   python -m pytest tests/extras/test_sharding.py"""
 
 import pytest
-from conftest import assert_ranks_equal_one_process, tiny_model, tiny_tokenizer, train_all
+from conftest import (
+    assert_equal_one_process,
+    assert_ranks_equal_one_process,
+    tiny_model,
+    tiny_tokenizer,
+    train_all,
+    train_on_ranks,
+)
 
 from storage import UserError
 
@@ -21,6 +28,16 @@ def test_shard_equals_one_process(tmp_path):
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_shard_on_any_number_of_ranks_equals_one_process(n_ranks, tmp_path):
     assert_ranks_equal_one_process(n_ranks, RUNS, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 3), (3, 2)])
+def test_shard_resumes_on_another_number_of_ranks(before, after, tmp_path):
+    """A checkpoint is whole: it knows nothing of the ranks that wrote it."""
+    changes = {"shard": "gpu", "stop_after": 2}
+    for n_ranks, part in ((before, "first"), (after, "second")):
+        train_on_ranks(n_ranks, {"run": ("llama", changes | {"parts": [part]})}, tmp_path)
+    assert_equal_one_process({"run": ("llama", changes)}, tmp_path)
 
 
 def test_shard_refuses_a_start_without_ranks(tmp_path):
