@@ -257,6 +257,7 @@ class ApiSession:
             await self.close()
 
     async def close(self) -> None:
+        """Write what is waiting, close the client, and give the journals free."""
         self.writer.shutdown()  # when all is written
         if self.http:
             await self.http.aclose()

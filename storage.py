@@ -319,6 +319,7 @@ def write_errors(path: AnyPath) -> contextlib.ExitStack:
     """
 
     def name_path(kind: Any, error: BaseException | None, _: Any) -> None:
+        """Raise an error that names the file in the place of one that does not."""
         if error is None:
             return
         message = str(error)
@@ -327,8 +328,7 @@ def write_errors(path: AnyPath) -> contextlib.ExitStack:
             raise OSError(error.errno, reason, str(path)) from None
         is_known = kind.__name__ in ("Exception", "RuntimeError", "SafetensorError")
         if is_known and WRITE_FAILURE.search(message):
-            first_line = message.splitlines()[0]
-            what = f"{path} could not be written ({first_line})"
+            what = f"{path} could not be written ({message.splitlines()[0]})"
             raise OSError(f"{what}: make room; what was there before is kept") from None
 
     stack = contextlib.ExitStack()

@@ -287,6 +287,7 @@ def load_or_tokenize(
         folder = data_file.parent
 
     def find_or_make() -> str:
+        """Return the name of the token file, which is made where it is not there."""
         positions = count_positions(student.model.config)
         bounds = [student.family, max_length, positions]
         data_sha256 = storage.file_sha256(data_file)

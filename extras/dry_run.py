@@ -98,6 +98,7 @@ def estimate(
 
 
 def print_estimate(name: str, estimate: Estimate, api: ApiConfig) -> None:
+    """Print what a task would ask for and, with --price_in, cost at most."""
     requests, prompt_tokens, completion_tokens = estimate
     text = f"{requests:,} requests, {prompt_tokens:,} prompt tokens and at most "
     text += f"{completion_tokens:,} completion tokens"

@@ -321,6 +321,20 @@ def published(shared, published_data, tmp_path, method):
     return lambda more="": method(f"{flags} {more}")
 
 
+@pytest.fixture
+def unanswered(published, tmp_path):
+    """Return `published`, of completions in which no answer can be read."""
+    import json
+
+    path = tmp_path / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
+    content = json.loads(path.read_text())
+    for rows in content["data"].values():
+        for row in rows:
+            row["completion"] = "no idea"
+    path.write_text(json.dumps(content))
+    return published
+
+
 # ---- tasks
 
 LONGEST = 2.0  # seconds of work that a case may take

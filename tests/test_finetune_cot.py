@@ -443,15 +443,9 @@ def test_curate_refuses_other_questions(published, tmp_path):
     assert "sample 7 is not sample 7 of multiarith" in message
 
 
-def test_curate_refuses_an_empty_set(published, tmp_path):
+def test_curate_refuses_an_empty_set(unanswered, tmp_path):
     """Where no rationale is left, the run says so and leaves no file."""
-    path = tmp_path / COMPLETIONS / "D_multiarith.json"
-    content = storage.read_json(path)
-    for rows in content["data"].values():
-        for row in rows:
-            row["completion"] = "no idea"
-    storage.write_json(path, content)
-    message, _ = published("--method ft_cot")
+    message, _ = unanswered("--method ft_cot")
     assert message.startswith("error: no correct rationale is left for multiarith")
     assert contents(tmp_path / "finetune_data") == {}
 

@@ -23,15 +23,9 @@ def test_curate_published_api_file(shared, published, tmp_path):
     assert (tmp_path / name).read_bytes() == (shared / "saved" / name).read_bytes()
 
 
-def test_curate_filter_of_nothing(published, tmp_path):
+def test_curate_filter_of_nothing(unanswered):
     """Where no completion gives an answer, --filter all says so."""
-    path = tmp_path / "completion_data/B_text-davinci-002__C_zs_cot/D_multiarith.json"
-    content = storage.read_json(path)
-    for rows in content["data"].values():
-        for row in rows:
-            row["completion"] = "no idea"
-    storage.write_json(path, content)
-    message, _ = published("--method ft_cot --filter all")
+    message, _ = unanswered("--method ft_cot --filter all")
     assert message.startswith("error: no rationale is left for multiarith")
     assert "in none of them can an answer be read" in message
 
